@@ -1,0 +1,97 @@
+"""find_boundaries: the one [B, S, H] value that crosses from each layer to the next."""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch.fx import Graph, GraphModule, Node
+
+from tide_compile.passes.errors import BoundaryNotUniqueError, LayersSplitError
+from tide_compile.passes.find_layers import layer_of_nodes
+from tide_compile.passes.fx_tools import ancestors, mutated_arguments, shape_of, storage_of, value_of
+from tide_compile.passes.plan import Boundaries, Layers, Plan
+
+
+def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]:
+    """Find what enters layer 0 and what each layer hands on, and prove that nothing else crosses.
+
+    1. At each cut, collect the values computed inside the layers before it that are used after it by anything but the
+       graph's output. Values that depend on no hidden state (sizes, a mask built in layer 0) are marked for hoisting
+       into the prologue; exactly one [B, S, H] value must remain.
+    2. In the graph of everything computed from the value that enters layer 0, each boundary must lie on every path to
+       the last boundary's successors: it is in the chain of immediate dominators (networkx).
+
+    Raises:
+        BoundaryNotUniqueError: names the values that cross.
+        LayersSplitError: nothing follows the last layer, or nothing enters the first.
+    """
+    layers = plan.layers
+    graph, owner = gm.graph, layer_of_nodes(gm.graph, layers)
+    crossing = [_crossing(graph, owner, layer) for layer in range(len(layers))]
+    if not crossing[-1]:
+        raise LayersSplitError(
+            f"nothing follows the last layer found ({layers.prefix}.{len(layers) - 1}): the graph ends there, so the "
+            "model's norm and head are in another graph. Find the break with TORCH_LOGS=graph_breaks, or pass "
+            "options={'fallback': 'inductor'}."
+        )
+    entering = _entering(graph, owner, {shape_of(n) for n in crossing[0]}, layers)
+    flow = nx.DiGraph((n, u) for n in graph.nodes for u in n.users if u.op != "output")
+    flow = flow.subgraph({entering} | nx.descendants(flow, entering))
+    written = {storage_of(a) for n in graph.nodes for a in mutated_arguments(n)} - {None}
+    free = {n for n in owner if n not in flow and not mutated_arguments(n) and storage_of(n) not in written}
+
+    leaving, hoisted = [], set()
+    for layer, values in enumerate(crossing):
+        movable = {n for n in values if all(a in free for a in ancestors(n, lambda a: owner[a] < 0))}
+        hoisted |= movable
+        rest = [n for n in values if n not in movable]
+        if len(rest) != 1 or shape_of(rest[0]) != shape_of(entering):
+            named = ", ".join(f"{n.name} [{', '.join(shape_of(n))}]" for n in rest) or "nothing"
+            raise BoundaryNotUniqueError(
+                f"after layer {layer} of {layers.prefix!r} exactly one hidden state [{', '.join(shape_of(entering))}] "
+                f"should be used later on, but these are: {named}. Exits are not possible there; pass "
+                "options={'fallback': 'inductor'} to compile this model without them."
+            )
+        leaving.append(rest[0])
+    _check_dominance(flow, entering, leaving, layers)
+    moved = {n.name for h in hoisted for n in ancestors(h, lambda a: owner[a] < 0) if owner[n] >= 0}
+    return {
+        "boundaries": Boundaries(entering.name, tuple(n.name for n in leaving), frozenset(moved)),
+        "single_row": shape_of(entering)[:2] == ("1", "1"),
+    }
+
+
+def _crossing(graph: Graph, owner: dict[Node, int], layer: int) -> list[Node]:
+    return [
+        node
+        for node in graph.nodes
+        if 0 <= owner[node] <= layer and any(owner[u] > layer and u.op != "output" for u in node.users)
+    ]
+
+
+def _entering(graph: Graph, owner: dict[Node, int], shapes: set[tuple[str, ...]], layers: Layers) -> Node:
+    like = [
+        node
+        for node in graph.nodes
+        if owner[node] < 0 and shape_of(node) in shapes and len(shape_of(node)) == 3 and value_of(node).is_floating_point()
+        and {owner[u] for u in node.users if owner[u] >= 0} == {0}
+    ]
+    if len(like) == 1:
+        return like[0]
+    named = ", ".join(n.name for n in like) or "nothing"
+    raise BoundaryNotUniqueError(
+        f"exactly one hidden state [B, S, H] should enter layer 0 of {layers.prefix!r}, but found: {named}. Pass "
+        "options={'fallback': 'inductor'} to compile without exits."
+    )
+
+
+def _check_dominance(flow: nx.DiGraph, entering: Node, leaving: list[Node], layers: Layers) -> None:
+    dominators = nx.immediate_dominators(flow, entering)
+    for layer in range(len(leaving) - 1, 0, -1):
+        node = dominators[leaving[layer]]
+        while node not in (leaving[layer - 1], entering):
+            node = dominators[node]
+        if node is entering:
+            raise BoundaryNotUniqueError(
+                f"the hidden state after layer {layer - 1} of {layers.prefix!r} can be bypassed on the way to layer "
+                f"{layer}: exits are not possible there. Pass options={{'fallback': 'inductor'}} to compile without them."
+            )

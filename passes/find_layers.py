@@ -1,0 +1,77 @@
+"""find_layers: which nodes of the Dynamo graph belong to decoder layer i."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+from torch.fx import Graph, GraphModule, Node
+
+from tide_compile.passes.errors import LayersNotFoundError, LayersSplitError
+from tide_compile.passes.plan import Layers, Plan
+
+_INDEXED = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
+    """Read the layers from ``nn_module_stack``: the list of modules that covers most of the graph.
+
+    Dynamo records for each node the path of the module it came from, such as ``L['self'].model.layers.7.mlp``. Every
+    path component that is a number is a candidate for a layer index; nested lists (experts in a layer) cover fewer
+    nodes than the list of layers and lose.
+
+    Raises:
+        LayersNotFoundError: no list with two or more members runs once, in order, through the graph.
+        LayersSplitError: the list is there, but not all of it.
+    """
+    candidates: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    for position, node in enumerate(nodes):
+        for prefix, index in _indexed_paths(node):
+            candidates[prefix][index].append(position)
+    ordered = {prefix: members for prefix, members in candidates.items() if _runs_in_order(members)}
+    if not ordered:
+        raise LayersNotFoundError(
+            "no decoder layers found in this graph: no list of two or more modules runs through it in order. "
+            "Compile the whole causal language model, or pass options={'fallback': 'inductor'} to compile such "
+            "graphs with plain Inductor."
+        )
+    prefix, members = max(ordered.items(), key=lambda item: sum(map(len, item[1].values())))
+    indices = sorted(members)
+    expected = plan.settings.expected_layers or len(indices)
+    if indices != list(range(expected)):
+        raise LayersSplitError(
+            f"this graph holds layers {indices[0]} to {indices[-1]} of {prefix!r}, {len(indices)} of {expected}: a graph "
+            "break cuts the model. Find it with TORCH_LOGS=graph_breaks and remove it, or pass "
+            "options={'fallback': 'inductor'}."
+        )
+    starts = tuple(nodes[members[i][0]].name for i in indices)
+    return {"layers": Layers(prefix, starts, nodes[members[indices[-1]][-1]].name)}
+
+
+def layer_of_nodes(graph: Graph, layers: Layers) -> dict[Node, int]:
+    """The layer of every node: -1 before the first layer, N after the last.
+
+    Layers are stretches of the graph in program order, so cutting between them never reorders a write.
+    """
+    starts = {name: i for i, name in enumerate(layers.starts)}
+    owner, current = {}, -1
+    for node in graph.nodes:
+        current = starts.get(node.name, current)
+        owner[node] = -1 if node.op == "placeholder" else current
+        if node.name == layers.end:
+            current = len(layers)
+    return owner
+
+
+def _indexed_paths(node: Node) -> set[tuple[str, int]]:
+    found = set()
+    for path, _ in node.meta.get("nn_module_stack", {}).values():
+        for match in _INDEXED.finditer(path):
+            found.add((path[: match.start()], int(match.group(1))))
+    return found
+
+
+def _runs_in_order(members: dict[int, list[int]]) -> bool:
+    spans = [(members[i][0], members[i][-1]) for i in sorted(members)]
+    return len(spans) >= 2 and all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False))

@@ -1,0 +1,191 @@
+"""Questions about FX graphs that several passes ask: values, aliases, mutations, liveness, sameness."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import operator
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem,
+}  # fmt: skip
+
+
+def value_of(node: Node) -> object:
+    """The fake value that Dynamo recorded for a node, or None."""
+    return node.meta.get("example_value")
+
+
+def shape_of(node: Node) -> tuple[str, ...]:
+    """The shape of a tensor node, () for anything else; as text, because comparing symbolic sizes adds guards."""
+    value = value_of(node)
+    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else ()
+
+
+def storage_of(node: Node) -> int | None:
+    """Identity of the storage behind a tensor node: equal for a tensor and all its views and in-place results."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return value.untyped_storage()._cdata
+
+
+def mutated_arguments(node: Node) -> tuple[Node, ...]:
+    """The arguments whose memory a node writes to; empty for a pure node."""
+    written: list[object] = []
+    if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+        written.append(node.args[0])
+    elif node.op == "call_function":
+        if node.target in _IN_PLACE_OPERATORS:
+            written.append(node.args[0])
+        elif isinstance(node.target, torch._ops.OpOverload):
+            names = [a.name for a in node.target._schema.arguments]
+            mutable = [i for i, a in enumerate(node.target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+            written.extend(node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in mutable)
+        elif getattr(node.target, "__name__", "").rstrip("0123456789").endswith("_") and not node.target.__name__.endswith("__"):
+            written.append(node.args[0])
+        if node.kwargs.get("inplace") is True:
+            written.append(node.args[0])
+    written.append(node.kwargs.get("out"))
+    return tuple(n for n in written if isinstance(n, Node))
+
+
+def output_nodes(graph: Graph) -> list[object]:
+    """The flat arguments of the output node."""
+    return list(graph.output_node().args[0])
+
+
+def live_nodes(graph: Graph) -> set[Node]:
+    """Nodes that the outputs need, directly or through a write to memory that outlives the call or that is read.
+
+    A write counts when it goes to a placeholder (or a view of one), or to memory that a live node uses.
+    """
+    written = {node: {storage_of(a) for a in mutated_arguments(node)} - {None} for node in graph.nodes}
+    writes = [node for node in graph.nodes if written[node]]
+    kept_memory = {storage_of(p) for p in graph.find_nodes(op="placeholder")} - {None}
+    live: set[Node] = set()
+
+    def mark(roots: Iterable[Node]) -> None:
+        stack = list(roots)
+        while stack:
+            node = stack.pop()
+            if node not in live:
+                live.add(node)
+                stack.extend(node.all_input_nodes)
+
+    mark([graph.output_node()])
+    while True:
+        memory = kept_memory | {storage_of(n) for n in live if n.op != "placeholder"}
+        found = [n for n in writes if n not in live and written[n] & memory]
+        if not found:
+            return live
+        mark(found)
+
+
+def remove_dead(gm: GraphModule) -> tuple[str, ...]:
+    """Delete everything outside ``live_nodes``, unused placeholders too; returns the names of those."""
+    live = live_nodes(gm.graph)
+    dropped = []
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "placeholder":
+            if not node.users:
+                dropped.append(node.target)
+                gm.graph.erase_node(node)
+        elif node not in live:
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return tuple(dropped)
+
+
+def ancestors(node: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:
+    """A node and everything it is computed from, not looking behind nodes for which ``stop`` holds."""
+    seen, stack = set(), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if not stop(current):
+            stack.extend(current.all_input_nodes)
+
+
+def derive_value(node: Node) -> None:
+    """Record the fake value of a freshly inserted node from the fake values of its arguments."""
+    args = map_arg(node.args, value_of)
+    kwargs = map_arg(node.kwargs, value_of)
+    tensors = (v for v in map(value_of, node.all_input_nodes) if isinstance(v, torch.Tensor))
+    mode = next((v.fake_mode for v in tensors), contextlib.nullcontext())  # sizes need none
+    call = node.target if node.op == "call_function" else lambda self, *a, **k: getattr(self, node.target)(*a, **k)
+    with mode, torch.no_grad():
+        node.meta["example_value"] = call(*args, **kwargs)
+
+
+def call(graph: Graph, target: object, *args: object, **kwargs: object) -> Node:
+    """Insert a call at the graph's insertion point and record its fake value."""
+    create = graph.call_method if isinstance(target, str) else graph.call_function
+    node = create(target, args, kwargs)
+    derive_value(node)
+    return node
+
+
+def add_placeholder(graph: Graph, name: str, value: object) -> Node:
+    """A new last placeholder, named ``name``, holding the fake ``value``."""
+    placeholders = graph.find_nodes(op="placeholder")
+    anchor = placeholders[-1].next if placeholders else next(iter(graph.nodes))
+    with graph.inserting_before(anchor):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = value
+    return node
+
+
+def structure_key(gm: GraphModule) -> str:
+    """A digest that two graphs share exactly when one compiled artefact can serve both.
+
+    Covers operators, wiring, constants, and the shape, stride, dtype and device of every placeholder, with symbols
+    renamed in the order in which they appear. Node names and metadata do not count.
+    """
+    symbols: dict[str, str] = {}
+    numbers: dict[Node, int] = {}
+
+    def symbolic(expr: object) -> str:
+        text = str(expr)
+        for symbol in sorted(map(str, getattr(getattr(expr, "node", None), "expr", expr).free_symbols), key=len, reverse=True) if isinstance(expr, torch.SymInt) else ():
+            text = text.replace(symbol, symbols.setdefault(symbol, f"<{len(symbols)}>"))
+        return text
+
+    def describe(value: object) -> str:
+        if isinstance(value, torch.Tensor):
+            dims = [",".join(map(symbolic, s)) for s in (value.shape, value.stride())]
+            return f"{type(value).__name__}{value.dtype}{value.device}{dims}"
+        return symbolic(value) if isinstance(value, torch.SymInt) else type(value).__name__
+
+    lines = []
+    for number, node in enumerate(gm.graph.nodes):
+        numbers[node] = number
+        args = map_arg((node.args, dict(node.kwargs)), lambda n: _Reference(numbers[n]))
+        if node.op == "placeholder":
+            lines.append(f"{number} in {describe(value_of(node))}")
+        elif node.op == "get_attr":
+            constant = operator.attrgetter(node.target)(gm)
+            lines.append(f"{number} constant {id(constant)}")
+        else:
+            lines.append(f"{number} {node.op} {_target_name(node.target)} {args!r}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class _Reference(int):
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _target_name(target: object) -> str:
+    if isinstance(target, str | torch._ops.OpOverload):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"

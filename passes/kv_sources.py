@@ -1,0 +1,84 @@
+"""Where the keys and values of the tokens of this call enter a cache or, without a cache, attention."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from tide_compile.passes.errors import KVNotFoundError
+from tide_compile.passes.fx_tools import call, shape_of
+
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
+
+
+def find_kv_sources(graph: Graph, hidden: Node, num_layers: int) -> list[Node]:
+    """The fresh K and V of a segment, [B, heads, S, D] each, before they meet older ones.
+
+    1. An operand that depends on the hidden state and is written into, or concatenated to, memory that does not.
+    2. Without a cache: the key and value arguments of ``scaled_dot_product_attention``.
+
+    Raises:
+        KVNotFoundError: a layer shows neither.
+    """
+    dependent = _descendants(hidden)
+    sources: dict[Node, None] = {}
+    for node in graph.nodes:
+        for data in _merged_into_memory(node, dependent):
+            sources[_whole(data)] = None
+    if not sources:
+        attention = [n for n in graph.nodes if n.target is _ATTENTION]
+        sources = {data: None for node in attention for data in node.args[1:3] if data in dependent}
+    if len(sources) < 2 * num_layers:
+        raise KVNotFoundError(
+            f"kv_cache_strategy='zero_pad' needs the keys and values of {num_layers} layers and found {len(sources)} of "
+            f"{2 * num_layers} in this graph. Use kv_cache_strategy='propagate', or load the model with "
+            "attn_implementation='sdpa'."
+        )
+    return list(sources)
+
+
+def zero_rows(graph: Graph, source: Node, active: Node | None) -> None:
+    """Let everything that reads ``source`` [B, heads, S, D] read zeros in the rows that are not active (``active``
+    [B, S]; None: in all rows)."""
+    users = list(source.users)
+    with graph.inserting_after(source):
+        if active is None:
+            zeroed = call(graph, torch.zeros_like, source)
+        else:
+            column = call(graph, operator.getitem, active, (slice(None), None, slice(None), None))
+    if active is not None:
+        with graph.inserting_after(column):
+            zeroed = call(graph, torch.where, column, source, 0.0)
+    for user in users:
+        user.replace_input_with(source, zeroed)
+
+
+def _descendants(*roots: Node) -> set[Node]:
+    found, stack = set(), list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.users)
+    return found
+
+
+def _merged_into_memory(node: Node, dependent: set[Node]) -> list[Node]:
+    if node.op == "call_method" and node.target in ("index_copy_", "copy_"):
+        target, data = node.args[0], [node.args[-1]]
+    elif node.target is operator.setitem:
+        target, data = node.args[0], [node.args[2]]
+    elif node.target is torch.cat and len(node.args[0]) == 2 and node.args[0][0] not in dependent:
+        target, data = node.args[0][0], [node.args[0][1]]
+    else:
+        return []
+    return [d for d in data if target not in dependent and isinstance(d, Node) and d in dependent]
+
+
+def _whole(data: Node) -> Node:
+    """Undo the slice that keeps only the newest rows (sliding windows)."""
+    while data.target is operator.getitem and len(shape_of(data)) == len(shape_of(data.args[0])) == 4:
+        data = data.args[0]
+    return data

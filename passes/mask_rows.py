@@ -1,0 +1,57 @@
+"""mask_rows: the segment for a mix of exited and active rows."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from tide_compile.passes.fx_tools import add_placeholder, call, value_of
+from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
+from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
+
+
+def mask_rows(program: Program, plan: Plan) -> Program:
+    """Add ``segment_<i>.masked`` for every segment that can see exited rows.
+
+    Before: ``h' = layer(h)``. After, behind every layer: ``h' = where(active, layer(h), h_in)`` with ``h_in`` the
+    segment's input, which already holds the frozen state of the rows that are not active. So K and V of these rows
+    come from their frozen state. With ``zero_pad`` the K and V of these rows are set to zero where they enter the
+    cache (or, without a cache, attention).
+
+    Safe because rows only meet in attention, and active rows see there exactly the K and V that section 2 of the
+    design defines. Left out when a call has one row: then all rows have exited or none has.
+    """
+    if plan.single_row:
+        return program
+    pieces = dict(program.pieces)
+    for segment in range(plan.num_segments):
+        if plan.follows_checkpoint(segment):
+            pieces[f"segment_{segment}.masked"] = _masked(program.pieces[f"segment_{segment}"], plan, segment)
+    return Program(pieces, program.arguments, program.results, program.constants)
+
+
+def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
+    gm = copy.deepcopy(piece.graph)
+    graph, inputs = gm.graph, piece.inputs
+    placeholders = graph.find_nodes(op="placeholder")
+    frozen = placeholders[inputs.index(HIDDEN)]
+    if ACTIVE in inputs:
+        active = placeholders[inputs.index(ACTIVE)]
+    else:
+        like = value_of(frozen)
+        active = add_placeholder(graph, ACTIVE, like.new_empty(like.shape[:2], dtype=torch.bool))
+        inputs = (*inputs, ACTIVE)
+    if plan.settings.kv_cache_strategy == "zero_pad":
+        for source in find_kv_sources(graph, frozen, len(plan.segment_layers(segment))):
+            zero_rows(graph, source, active)
+    boundaries = {plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)}
+    for node in [n for n in graph.nodes if n.name in boundaries]:
+        with graph.inserting_after(node):
+            column = call(graph, "unsqueeze", active, -1)
+        with graph.inserting_after(column):
+            merged = graph.call_function(torch.where, (column, node, frozen))
+        merged.meta["example_value"] = value_of(node)
+        node.replace_all_uses_with(merged, delete_user_cb=lambda user, merged=merged: user is not merged)
+    gm.recompile()
+    return Piece(gm, inputs, piece.outputs)

@@ -1,0 +1,130 @@
+"""What flows through the passes: the settings that come in, the frozen plan, and the program that is rewritten.
+
+Shapes: B batch, S sequence, H hidden, N layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch.fx import GraphModule
+
+# Environment names of the values that the executor keeps between pieces.
+HIDDEN = "tide_hidden"  # [B, S, H] residual stream after the latest segment
+ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are padding
+LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
+SCORE = "tide_score"  # [B, S] fp32 router scores at the latest checkpoint
+COUNTS = "tide_counts"  # [2] int64, rows leaving now and rows still active after that
+OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
+THRESHOLD = "tide_threshold"  # [] fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Values a compilation is asked for; ``routers`` maps a layer to the tensors of its router.
+
+    Router tensors: ``down`` [D, H] and ``up`` [1, D], fp32. ``norm_weight`` [H] and ``norm_bias`` [H] or None belong
+    to the normalisation in front of every router. ``projections`` maps a layer to ``(weight [H, H], bias [H])``.
+    """
+
+    checkpoint_interval: int
+    min_layers: int
+    kv_cache_strategy: Literal["propagate", "zero_pad"]
+    routers: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    norm_weight: torch.Tensor | None = None
+    norm_bias: torch.Tensor | None = None
+    norm_eps: float = 1e-6
+    layer_norm: bool = False
+    projections: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    expected_layers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Decoder layers of the graph: the name of their list and, per layer, its first node; ``end`` is the last
+    node of the last layer."""
+
+    prefix: str
+    starts: tuple[str, ...]
+    end: str
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class Boundaries:
+    """Node names of the residual stream [B, S, H]: what enters layer 0, and what each layer hands on.
+
+    ``hoisted`` names nodes inside layers that depend on no hidden state and are shared by several layers.
+    """
+
+    entering: str
+    leaving: tuple[str, ...]
+    hoisted: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """The argument that says which tokens are padding, and its fake value: [B, L] of 0/1, or [B, 1, S, L]."""
+
+    name: str
+    value: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything the analyses found; the rewrites read it and change nothing in it."""
+
+    settings: Settings
+    layers: Layers | None = None
+    boundaries: Boundaries | None = None
+    padding: Padding | None = None
+    cuts: tuple[int, ...] = ()  # a segment ends after each of these layers
+    checkpoints: tuple[int, ...] = ()  # the cuts that carry a router
+    single_row: bool = False  # B * S == 1: an exit needs no mask
+
+    def segment_layers(self, segment: int) -> range:
+        """Layers of a segment."""
+        edges = (-1, *self.cuts, len(self.layers) - 1)
+        return range(edges[segment] + 1, edges[segment + 1] + 1)
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.cuts) + 1
+
+    def checkpoint_of(self, segment: int) -> int | None:
+        """The layer of the checkpoint that closes a segment, or None."""
+        last = self.segment_layers(segment)[-1]
+        return last if last in self.checkpoints else None
+
+    def follows_checkpoint(self, segment: int) -> bool:
+        """Whether rows can have left before this segment starts."""
+        return any(c < self.segment_layers(segment)[0] for c in self.checkpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A graph that runs as one compiled call. ``inputs`` and ``outputs`` are environment names, in the order of
+    the placeholders and of the output tuple."""
+
+    graph: GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The model cut into pieces. Keys: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``, ``segment_<i>.fill``,
+    ``project_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the environment names of what the Dynamo graph took and returned
+    (a result may also be a constant). ``constants`` are the tensors the rewrites bound (routers, projections)."""
+
+    pieces: dict[str, Piece]
+    arguments: tuple[str, ...]
+    results: tuple[object, ...]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def node_count(self) -> int:
+        return sum(len(p.graph.graph.nodes) for p in self.pieces.values())

@@ -1,0 +1,107 @@
+"""splice_routers: a router at the end of every segment that closes with a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tide_compile.kernels import project, route  # noqa: F401  (defines the ops)
+from tide_compile.passes.fx_tools import add_placeholder, call, value_of
+from tide_compile.passes.plan import (
+    ACTIVE,
+    COUNTS,
+    HIDDEN,
+    LEAVE,
+    OUT,
+    SCORE,
+    THRESHOLD,
+    Piece,
+    Plan,
+    Program,
+    Settings,
+)
+
+
+def splice_routers(program: Program, plan: Plan) -> Program:
+    """Append the decision to each checkpoint's segment.
+
+    Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, threshold, router) -> h', score, leave, active',
+    counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active]``. With exit
+    projections, one more piece per checkpoint: ``project(h, leave, out, W, b) -> out'``.
+
+    Safe because it only adds nodes behind the segment's last value; the residual stream is untouched.
+    """
+    pieces, constants = dict(program.pieces), dict(program.constants)
+    settings = plan.settings
+    for segment in range(plan.num_segments):
+        layer = plan.checkpoint_of(segment)
+        if layer is None:
+            continue
+        shared = {"norm_weight": settings.norm_weight, "norm_bias": settings.norm_bias}
+        tensors = {n: t for n, t in (settings.routers[layer] | shared).items() if t is not None}
+        names = {n: f"router.{n}" if n in shared else f"router.{layer}.{n}" for n in tensors}
+        constants |= {names[n]: t for n, t in tensors.items()}
+        name = f"segment_{segment}"
+        pieces[name] = _with_router(pieces[name], settings, tensors, names)
+        if settings.projections is not None:
+            weight, bias = settings.projections[layer]
+            pieces[f"project_{layer}"] = _projection(pieces[name], layer, weight, bias)
+            constants |= {f"projection.{layer}.weight": weight, f"projection.{layer}.bias": bias}
+    return Program(pieces, program.arguments, program.results, constants)
+
+
+def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tensor], names: dict[str, str]) -> Piece:
+    graph = piece.graph.graph
+    output = graph.output_node()
+    hidden = output.args[0][piece.outputs.index(HIDDEN)]
+    like = value_of(hidden)
+    active = add_placeholder(graph, ACTIVE, like.new_empty(like.shape[:2], dtype=torch.bool))
+    threshold = add_placeholder(graph, THRESHOLD, like.new_empty((), dtype=torch.float32))
+    router = {n: add_placeholder(graph, f"tide_{n}", _fake_like(like, t)) for n, t in tensors.items()}
+    with graph.inserting_before(output):
+        routed = graph.call_function(
+            torch.ops.tide.route.default,
+            (hidden, active, router["norm_weight"], router.get("norm_bias"), router["down"], router["up"], threshold,
+             settings.norm_eps, settings.layer_norm),
+        )  # fmt: skip
+        score_value = like.new_empty(like.shape[:2], dtype=torch.float32)
+        routed.meta["example_value"] = (score_value, score_value > 0)
+        score, leave = call(graph, _getitem, routed, 0), call(graph, _getitem, routed, 1)
+        remaining = call(graph, torch.logical_and, active, call(graph, torch.logical_not, leave))
+        counts = call(graph, torch.stack, [call(graph, torch.sum, leave), call(graph, torch.sum, remaining)])
+    output.args = ((*output.args[0], score, leave, remaining, counts),)
+    piece.graph.recompile()
+    return Piece(
+        piece.graph,
+        (*piece.inputs, ACTIVE, THRESHOLD, *(names[n] for n in tensors)),
+        (*piece.outputs, SCORE, LEAVE, ACTIVE, COUNTS),
+    )
+
+
+def _projection(segment: Piece, layer: int, weight: torch.Tensor, bias: torch.Tensor) -> Piece:
+    hidden = value_of(segment.graph.graph.output_node().args[0][segment.outputs.index(HIDDEN)])
+    graph = Graph()
+    result: Node = graph.output(())
+    values = {
+        "hidden": hidden,
+        "leave": hidden.new_empty(hidden.shape[:2], dtype=torch.bool),
+        "out": torch.empty_like(hidden),
+        "weight": _fake_like(hidden, weight),
+        "bias": _fake_like(hidden, bias),
+    }
+    nodes = [add_placeholder(graph, n, v) for n, v in values.items()]
+    with graph.inserting_before(result):
+        node = graph.call_function(torch.ops.tide.project.default, tuple(nodes))
+    node.meta["example_value"] = torch.empty_like(hidden)
+    result.args = ((node,),)
+    names = (HIDDEN, LEAVE, OUT, f"projection.{layer}.weight", f"projection.{layer}.bias")
+    return Piece(GraphModule(torch.nn.Module(), graph), names, (OUT,))
+
+
+def _fake_like(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of the mode of ``fake`` with the metadata of ``real``."""
+    return fake.new_empty(real.shape, dtype=real.dtype)
+
+
+def _getitem(pair: tuple, index: int) -> object:
+    return pair[index]

@@ -1,0 +1,32 @@
+"""tide_compile: decoder layers that a token does not need are not run.
+
+``torch.compile(model, backend="tide")`` cuts a transformers language model at its layers, asks a small router at a few
+checkpoints whether each token is done, and skips the rest for those that are.
+"""
+
+from pathlib import Path
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():  # a checkout, editable or bare: passes/ and kernels/ lie beside this folder
+    __path__.append(str(_root))
+
+from tide_compile.calibrate import calibrate  # noqa: E402  (needs __path__)
+from tide_compile.config import TIDEConfig  # noqa: E402
+from tide_compile.engine import TIDE  # noqa: E402
+from tide_compile.reference import eager_reference  # noqa: E402
+from tide_compile.registry import attach  # noqa: E402
+from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
+from tide_compile.stats import ExitStats, record_exits  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "TIDE",
+    "ExitStats",
+    "RouterBank",
+    "TIDEConfig",
+    "TokenRouter",
+    "attach",
+    "calibrate",
+    "eager_reference",
+    "record_exits",
+]

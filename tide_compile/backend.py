@@ -1,0 +1,70 @@
+"""backend="tide": options -> routers -> passes -> lowering -> executor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.fx import GraphModule
+
+from tide_compile import generate_guard
+from tide_compile.config import TIDEConfig
+from tide_compile.errors import GradEnabledError, GraphError
+from tide_compile.executor import Executor
+from tide_compile.lowering import compile_whole, lower
+from tide_compile.passes.plan import Settings
+from tide_compile.passes.run import PassEvent, run
+from tide_compile.registry import find_bank, is_parameter
+
+log = logging.getLogger("tide_compile")
+generate_guard.install()
+
+
+def tide_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., tuple]:
+    """Compile one Dynamo graph of a decoder so that finished tokens skip layers.
+
+    Args:
+        gm: the graph. example_inputs: its inputs; parameters are the model's own objects.
+        mode: Inductor's mode.
+        options: ``router`` (a path or a ``RouterBank``) and the fields of ``TIDEConfig``.
+
+    Raises:
+        TideError: one of the named errors of ``tide_compile.errors``. With ``options={"fallback": "inductor"}`` graphs
+            that cannot be cut are compiled without exits instead, and that is logged.
+    """
+    options = dict(options or {})
+    router = options.pop("router", None)
+    config = TIDEConfig.from_options(options)
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        raise GradEnabledError(
+            "the model was traced with gradients enabled, and exits are for inference only. Call it under "
+            "torch.no_grad() or torch.inference_mode()."
+        )
+    try:
+        settings = _settings(config, router, example_inputs)
+        program, plan = run(gm, settings, _log_event)
+    except GraphError as error:
+        if config.fallback is None:
+            raise
+        log.warning("TIDE is off for this graph, plain Inductor is used: %s", error)
+        return compile_whole(gm, example_inputs, mode)
+    return Executor(program, plan, lower(program, config.lowering, mode), config.exit_threshold)
+
+
+def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
+    if config.exit_threshold == 1:
+        return config.settings()
+    bank = find_bank(router, filter(is_parameter, example_inputs))
+    device = next(x.device for x in example_inputs if isinstance(x, torch.Tensor))
+    return bank.settings(config, device)
+
+
+def _log_event(event: PassEvent) -> None:
+    log.debug("%s", event)

@@ -1,0 +1,97 @@
+"""TIDEConfig: every setting, by the names of the reference, validated once and frozen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+from tide_compile.errors import ConfigError, UnknownOptionError
+from tide_compile.passes.plan import Settings
+
+_CHOICES = {
+    "exit_strategy": ("auto", "identity", "affine"),
+    "kv_cache_strategy": ("propagate", "zero_pad"),
+    "calibration_label": ("agreement", "cosine"),
+    "lowering": ("inductor", "eager"),
+    "fallback": (None, "inductor"),
+}
+_SHARES = ("convergence_threshold", "compaction_threshold", "exit_threshold")
+_POSITIVE = ("min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class TIDEConfig:
+    """Settings of the compiler and of calibration; the same names are the options of ``backend="tide"``.
+
+    Attributes:
+        exit_threshold: a token leaves when its router score is strictly above this, 0..1. 1.0 turns TIDE off.
+        min_layers: no token leaves before it has passed this many layers.
+        checkpoint_interval: layers from one checkpoint to the next.
+        exit_strategy: what an exited state goes through before the final norm: ``"identity"`` (nothing), ``"affine"``
+            (a learned map per checkpoint) or ``"auto"`` (affine when calibrating; what the routers were calibrated with
+            when running).
+        kv_cache_strategy: what skipped layers keep for an exited token: ``"propagate"`` (K and V of its frozen state)
+            or ``"zero_pad"`` (zeros, as the reference).
+        compaction_threshold: share of rows that must have left before the rest is compacted.
+        calibration_samples: number of texts read by ``calibrate``.
+        calibration_dataset: a data set name, a local text or jsonl file, or ``"pydoc"``.
+        calibration_label: what a router learns: ``"agreement"`` (the exited state predicts the full model's token) or
+            ``"cosine"`` (the reference's: similarity with the final state above ``convergence_threshold``).
+        convergence_threshold: cosine above which the ``"cosine"`` label calls a token converged.
+        router_bottleneck_dim: width of the router's hidden layer.
+        lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
+        fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
+            and that is logged.
+    """
+
+    exit_threshold: float = 0.85
+    min_layers: int = 8
+    checkpoint_interval: int = 4
+    exit_strategy: str = "auto"
+    kv_cache_strategy: str = "propagate"
+    compaction_threshold: float = 0.25
+    calibration_samples: int = 2000
+    calibration_dataset: str = "wikitext"
+    calibration_label: str = "agreement"
+    convergence_threshold: float = 0.98
+    router_bottleneck_dim: int = 128
+    lowering: str = "inductor"
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in _SHARES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value!r} is not allowed: give a number from 0 to 1.")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} is not allowed: give a whole number of at least 1.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: choose one of {list(choices)}.")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object], base: TIDEConfig | None = None) -> TIDEConfig:
+        """A config from a backend's options, on top of ``base``.
+
+        Raises:
+            UnknownOptionError: lists the known options.
+            ConfigError: a value is not allowed.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), [*known, "router"], n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise UnknownOptionError(f"unknown option {name!r}.{hint} Known options: {', '.join(['router', *known])}.")
+        return replace(base or cls(), **options)
+
+    def settings(self, **routers: object) -> Settings:
+        """What the passes need of this config; ``routers`` are the fields that a bank adds."""
+        return Settings(self.checkpoint_interval, self.min_layers, self.kv_cache_strategy, **routers)
+
+    def to_dict(self) -> dict[str, object]:
+        """The settings as plain values."""
+        return asdict(self)

@@ -1,0 +1,114 @@
+"""TIDE: a model, its routers and one static cache behind ``generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from tide_compile.config import TIDEConfig
+from tide_compile.generate_guard import routed_through
+from tide_compile.registry import resolve_bank
+from tide_compile.routers import RouterBank
+from tide_compile.stats import ExitStats, record_exits
+
+_SMALLEST_CACHE = 256  # tokens; below that a longer cache costs nothing measurable and saves a recompilation
+_OTHER_CACHE = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
+
+
+class TIDE:
+    """Early-exit inference for a transformers causal language model.
+
+    Args:
+        model: the model; it is not changed.
+        router_path: a router file (also a ``router.pt`` of tide-inference), a ``RouterBank``, or None for routers that
+            were attached or are in the router cache.
+        config: settings; ``exit_threshold=1.0`` needs no routers.
+        mode: Inductor's mode, such as ``"reduce-overhead"`` on a GPU.
+
+    Attributes:
+        model: a twin of the model that shares its weights and runs compiled: hand this one to ``pipeline``.
+        last_stats: exits of the latest call or ``generate``.
+
+    Raises:
+        NoRouterError, RouterMismatchError, RouterFileError: about the routers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        router_path: str | Path | RouterBank | None = None,
+        config: TIDEConfig | None = None,
+        *,
+        mode: str | None = None,
+    ) -> None:
+        self.config = config or TIDEConfig()
+        options = self.config.to_dict()
+        if self.config.exit_threshold < 1:
+            options["router"] = resolve_bank(router_path, model)
+        if mode is not None:
+            options["mode"] = mode
+        self._compiled = torch.compile(model, backend="tide", options=options)
+        self.model = routed_through(self._compiled, self._forward)
+        self.model._prepare_static_cache = self._static_cache
+        self._cache: StaticCache | None = None
+        self.last_stats: ExitStats | None = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+        """Logits [B, S, V] of token ids [B, S]; further arguments go to the model's forward."""
+        with record_exits() as self.last_stats:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
+
+    def generate(self, input_ids: Tensor | None = None, **kwargs: object) -> object:
+        """transformers' ``generate`` on the compiled model, with a static cache that is kept between calls.
+
+        Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) and returns what it returns.
+        ``temperature=0`` means greedy, as in the reference.
+        """
+        if kwargs.get("temperature") == 0:
+            kwargs |= {"temperature": None, "do_sample": False}
+        if kwargs.get("use_cache") is not False and not any(kwargs.get(n) is not None for n in _OTHER_CACHE):
+            kwargs["cache_implementation"] = "static"
+        with record_exits() as self.last_stats:
+            result = self.model.generate(input_ids, **kwargs)
+        if not isinstance(result, Tensor):
+            self._cache = None  # handed to the caller in result.past_key_values
+        return result
+
+    @staticmethod
+    def calibrate(*args: object, **kwargs: object) -> RouterBank:
+        """``tide_compile.calibrate``, where the reference has it."""
+        from tide_compile.calibrate import calibrate
+
+        return calibrate(*args, **kwargs)
+
+    def _forward(self, *args: object, **kwargs: object) -> object:
+        _mark_prompt_length(kwargs)
+        return self._compiled(*args, **kwargs)
+
+    def _static_cache(self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object) -> StaticCache:
+        """In the place of transformers' method of a similar name, which makes a new cache for every ``generate``."""
+        cache = self._cache
+        if cache is not None and cache.batch_size == batch_size and cache.get_max_length() >= max_cache_len:
+            cache.reset()
+            return cache
+        length = max(_SMALLEST_CACHE, 1 << (max_cache_len - 1).bit_length())
+        self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
+        shape = self.model._get_static_cache_init_shape()
+        if shape is not None:
+            self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
+        return self._cache
+
+
+def _mark_prompt_length(kwargs: dict[str, object]) -> None:
+    """Compile prompts of all lengths as one dynamic shape from the first, not from the second on."""
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] == 1:
+        return
+    masks = kwargs.get("attention_mask")
+    for tensor in (ids, kwargs.get("position_ids"), *(masks.values() if isinstance(masks, dict) else (masks,))):
+        if isinstance(tensor, Tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, 2 if tensor.dim() == 4 else 1)

@@ -1,0 +1,59 @@
+"""Every error a user can meet, in one place to import from."""
+
+from tide_compile.passes.errors import (
+    BoundaryNotUniqueError,
+    CheckpointError,
+    GraphError,
+    KVNotFoundError,
+    LayersNotFoundError,
+    LayersSplitError,
+    TideError,
+    VerificationError,
+)
+
+
+class NoRouterError(TideError):
+    """The model has no routers yet."""
+
+
+class RouterMismatchError(TideError):
+    """The routers belong to another model."""
+
+
+class RouterFileError(TideError):
+    """A router file cannot be read."""
+
+
+class UnknownOptionError(TideError):
+    """An option that does not exist."""
+
+
+class ConfigError(TideError):
+    """An option with a value that is not allowed."""
+
+
+class GradEnabledError(TideError):
+    """The model was traced for training."""
+
+
+class CalibrationDataError(TideError):
+    """The calibration text cannot be had."""
+
+
+__all__ = [
+    "BoundaryNotUniqueError",
+    "CalibrationDataError",
+    "CheckpointError",
+    "ConfigError",
+    "GradEnabledError",
+    "GraphError",
+    "KVNotFoundError",
+    "LayersNotFoundError",
+    "LayersSplitError",
+    "NoRouterError",
+    "RouterFileError",
+    "RouterMismatchError",
+    "TideError",
+    "UnknownOptionError",
+    "VerificationError",
+]

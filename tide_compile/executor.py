@@ -1,0 +1,142 @@
+"""The executor: the only control flow at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+
+from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, Plan, Program
+from tide_compile.stats import PADDING, ExitStats, active_recorders
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A compiled piece and the slots of the environment that it reads and writes."""
+
+    run: Callable[..., tuple]
+    read: Callable[[list], tuple]
+    write: tuple[int, ...]
+
+    def __call__(self, env: list) -> None:
+        for slot, value in zip(self.write, self.run(*self.read(env)), strict=True):
+            env[slot] = value
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """The variants of one segment; ``checkpoint`` is the layer of the router that closes it, or None."""
+
+    plain: _Call
+    masked: _Call | None
+    fill: _Call | None
+    project: _Call | None
+    checkpoint: int | None
+
+
+class Executor:
+    """Runs the pieces of a program in order and skips what nobody needs.
+
+    After each checkpoint one host read says how many rows leave and how many go on:
+
+    * nobody has left yet: the next segment as it is;
+    * some have: the masked segment, in which exited rows keep their frozen state;
+    * nobody is left: the K/V slices of the remaining segments, then the epilogue.
+
+    Args:
+        program: the pieces' inputs and outputs by name.
+        plan: the plan they were built from.
+        runnables: the compiled pieces by name (``lowering.lower``).
+        threshold: the exit threshold, 0..1.
+    """
+
+    def __init__(
+        self, program: Program, plan: Plan, runnables: dict[str, Callable[..., tuple]], threshold: float
+    ) -> None:
+        self.plan = plan
+        names = [*program.arguments, *program.constants, THRESHOLD]
+        names += [n for piece in program.pieces.values() for n in (*piece.inputs, *piece.outputs)]
+        slots = {name: i for i, name in enumerate(dict.fromkeys([*names, HIDDEN, ACTIVE, OUT, LEAVE, COUNTS]))}
+
+        def call(name: str) -> _Call | None:
+            piece = program.pieces.get(name)
+            if piece is None:
+                return None
+            write = tuple(slots[n] for n in piece.outputs)
+            return _Call(runnables[name], _reader([slots[n] for n in piece.inputs]), write)
+
+        self._prologue, self._epilogue = call("prologue"), call("epilogue")
+        self._segments = tuple(
+            _Segment(
+                call(f"segment_{i}"),
+                call(f"segment_{i}.masked"),
+                call(f"segment_{i}.fill"),
+                call(f"project_{plan.checkpoint_of(i)}"),
+                plan.checkpoint_of(i),
+            )
+            for i in range(plan.num_segments)
+        )
+        self._hidden, self._active, self._out = slots[HIDDEN], slots[ACTIVE], slots[OUT]
+        self._leave, self._counts = slots[LEAVE], slots[COUNTS]
+        device = next((t.device for t in program.constants.values()), "cpu")
+        constants = [*program.constants.values(), torch.tensor(threshold, dtype=torch.float32, device=device)]
+        self._constants = constants + [None] * (len(slots) - len(program.arguments) - len(constants))
+        self._results = tuple((slots[r], None) if isinstance(r, str) else (None, r) for r in program.results)
+
+    def __call__(self, *arguments: object) -> tuple:
+        env = [*arguments, *self._constants]
+        self._prologue(env)
+        recorders = active_recorders()
+        trace = _Trace(env[self._active], self.plan) if any(r.per_token for r in recorders) else None
+        valid, exits, remaining = env[self._active], {}, None
+        for segment in self._segments:
+            if exits and remaining == 0:
+                if segment.fill is not None:
+                    segment.fill(env)
+                continue
+            (segment.masked if exits else segment.plain)(env)
+            if segment.checkpoint is None:
+                continue
+            leaving, remaining = env[self._counts].tolist()
+            if leaving:
+                if segment.project is not None:
+                    if not exits:
+                        env[self._out] = env[self._hidden]
+                    segment.project(env)
+                exits[segment.checkpoint] = leaving
+                if trace is not None:
+                    trace.leave(segment.checkpoint, env[self._leave])
+        if env[self._out] is not None:
+            env[self._hidden] = torch.where(env[self._active].unsqueeze(-1), env[self._hidden], env[self._out])
+        self._epilogue(env)
+        for recorder in recorders:
+            _record(recorder, self.plan, exits, valid if remaining is None else remaining, trace)
+        return tuple(value if slot is None else env[slot] for slot, value in self._results)
+
+
+class _Trace:
+    """The exit layer of every token, [B, S] int64."""
+
+    def __init__(self, valid: torch.Tensor, plan: Plan) -> None:
+        last = len(plan.layers) - 1
+        self.layers = torch.where(valid, last, PADDING)
+
+    def leave(self, layer: int, rows: torch.Tensor) -> None:
+        self.layers = torch.where(rows, layer, self.layers)
+
+
+def _record(
+    stats: ExitStats, plan: Plan, exits: dict[int, int], remaining: int | torch.Tensor, trace: _Trace | None
+) -> None:
+    stats.add(len(plan.layers), exits, remaining)
+    if stats.per_token and trace is not None:
+        stats.exit_layers.append(trace.layers)
+
+
+def _reader(slots: list[int]) -> Callable[[list], tuple]:
+    if len(slots) == 1:
+        (slot,) = slots
+        return lambda env: (env[slot],)
+    return itemgetter(*slots)

@@ -1,0 +1,63 @@
+"""Lowering: every distinct piece of a program is compiled once, by Inductor."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from tide_compile.passes.fx_tools import structure_key, value_of
+from tide_compile.passes.plan import Piece, Program
+
+log = logging.getLogger("tide_compile")
+
+Runnable = Callable[..., tuple]
+
+
+def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str, Runnable]:
+    """Compile a program's pieces.
+
+    Layers repeat, so most pieces have twins: graphs that are equal but for names. Weights and caches are inputs, so
+    one compiled piece serves all its twins.
+
+    Args:
+        program: what ``passes.run`` returned. Its graphs are consumed.
+        lowering: ``"inductor"``, or ``"eager"`` to interpret the graphs.
+        mode: Inductor's mode (``"reduce-overhead"``, ``"max-autotune"``), or None.
+
+    Returns:
+        The callable of each piece, by name.
+    """
+    if lowering == "eager":
+        return {name: piece.graph for name, piece in program.pieces.items()}
+    patches = torch._inductor.list_mode_options(mode) if mode else {}
+    compiled: dict[str, Runnable] = {}
+    runnables = {}
+    started = time.perf_counter()
+    for name, piece in program.pieces.items():
+        key = structure_key(piece.graph)
+        if key not in compiled:
+            compiled[key] = _compile(piece, patches)
+        runnables[name] = compiled[key]
+    log.info(
+        "compiled %d distinct of %d pieces in %.1f s", len(compiled), len(runnables), time.perf_counter() - started
+    )
+    return runnables
+
+
+def _compile(piece: Piece, patches: dict[str, object]) -> Runnable:
+    inputs = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
+    mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
+    with tracing(TracingContext(mode)):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
+        return compile_fx(piece.graph, inputs, config_patches=patches or None)
+
+
+def compile_whole(gm: GraphModule, example_inputs: Sequence[object], mode: str | None) -> Runnable:
+    """The graph as stock ``torch.compile`` would lower it."""
+    patches = torch._inductor.list_mode_options(mode) if mode else None
+    return compile_fx(gm, list(example_inputs), config_patches=patches)

@@ -1,0 +1,80 @@
+"""Which routers belong to a traced model: given, attached, or found in the cache folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from tide_compile.errors import ConfigError, NoRouterError, RouterMismatchError
+from tide_compile.files import router_cache
+from tide_compile.fingerprint import fingerprint
+from tide_compile.routers import RouterBank
+
+_attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def attach(model: nn.Module, bank: RouterBank) -> None:
+    """Tie routers to a model, so that ``torch.compile(model, backend="tide")`` finds them.
+
+    The tie is to the model's Parameter objects, held weakly: nothing is written onto the model, and it goes with it.
+    """
+    for parameter in model.parameters():
+        _attached[parameter] = bank
+
+
+def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Parameter]) -> RouterBank:
+    """The routers for a traced model.
+
+    1. ``router``, a bank or the path of one, if given;
+    2. what ``attach`` or ``calibrate`` tied to one of the parameters;
+    3. the router cache folder, by fingerprint.
+
+    Raises:
+        NoRouterError: none of these.
+        RouterMismatchError: the given routers were made for another model.
+        RouterFileError: the file cannot be read.
+    """
+    parameters = list(parameters)
+    if router is not None:
+        if not isinstance(router, str | Path | RouterBank):
+            raise ConfigError(f"router={router!r} is not allowed: give a path or a RouterBank.")
+        bank = router if isinstance(router, RouterBank) else RouterBank.load(router)
+        if bank.fingerprint is not None and not any(_attached.get(p) is bank for p in parameters):
+            _check(bank, fingerprint(parameters), router)
+        return bank
+    for parameter in parameters:
+        if parameter in _attached:
+            return _attached[parameter]
+    mark = fingerprint(parameters)
+    cached = router_cache() / f"{mark}.safetensors"
+    if cached.is_file():
+        return RouterBank.load(cached)
+    raise NoRouterError(
+        "this model has no routers. Make them once with tide_compile.calibrate(model, tokenizer), or pass "
+        f"options={{'router': path}}, or exit_threshold=1.0 to run without exits. (Looked for {cached}.)"
+    )
+
+
+def resolve_bank(router: str | Path | RouterBank | None, model: nn.Module) -> RouterBank:
+    """As ``find_bank``, for a model at hand: reads ``router.pt`` files of tide-inference as well."""
+    if isinstance(router, str | Path):
+        router = RouterBank.load(router, model=model)
+    return find_bank(router, model.parameters())
+
+
+def _check(bank: RouterBank, found: str, router: object) -> None:
+    if bank.fingerprint != found:
+        where = repr(str(router)) if isinstance(router, str | Path) else "this RouterBank"
+        raise RouterMismatchError(
+            f"{where} was calibrated for another model (fingerprint {bank.fingerprint[:12]}, this model has {found[:12]}). "
+            "Calibrate this model, or attach the bank on purpose with tide_compile.attach(model, bank)."
+        )
+
+
+def is_parameter(value: object) -> bool:
+    """Whether an example input of a backend is one of the model's parameters."""
+    return isinstance(value, torch.nn.Parameter)

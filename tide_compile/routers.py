@@ -1,0 +1,215 @@
+"""Routers: the small networks that decide, and the bank that holds those of one model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tide_compile.config import TIDEConfig
+from tide_compile.errors import ConfigError, RouterFileError
+from tide_compile.files import write_tensors
+from tide_compile.fingerprint import fingerprint
+from tide_compile.passes.plan import Settings
+
+FORMAT = "tide-routers-1"
+
+
+class TokenRouter(nn.Module):
+    """The router of tide-inference 0.2.1: ``sigmoid(up(silu(down(x))))`` on the normed state.
+
+    Args:
+        hidden_dim: H. bottleneck_dim: D.
+    """
+
+    def __init__(self, hidden_dim: int, bottleneck_dim: int = 128) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_dim, bottleneck_dim, bias=False)
+        self.up = nn.Linear(bottleneck_dim, 1, bias=False)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """[..., H] fp32 -> [...] before the sigmoid."""
+        return self.up(nn.functional.silu(self.down(normed))).squeeze(-1)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """[..., H] fp32 -> [...] in 0..1."""
+        return torch.sigmoid(self.logits(normed))
+
+
+@dataclass(slots=True)
+class Norm:
+    """The normalisation in front of every router, usually a copy of the model's final norm.
+
+    Attributes:
+        weight: [H] fp32. bias: [H] fp32 or None. eps: added to the mean square. layer_norm: subtract the mean first.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    eps: float = 1e-6
+    layer_norm: bool = False
+
+
+@dataclass(slots=True)
+class RouterBank:
+    """Routers, exit projections and what is known of the model they were made for.
+
+    Attributes:
+        routers: layer -> router of the checkpoint after that layer.
+        norm: what the routers read the state through.
+        projections: layer -> (weight [H, H], bias [H]) for ``exit_strategy="affine"``; empty for identity.
+        num_layers: layers of the model.
+        fingerprint: of the model's weights; None accepts any model of that size.
+        metadata: JSON-able facts: config, data, the calibration's table.
+    """
+
+    routers: dict[int, TokenRouter]
+    norm: Norm
+    num_layers: int
+    projections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fingerprint: str | None = None
+    metadata: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers with a router, ascending."""
+        return sorted(self.routers)
+
+    @property
+    def exit_strategy(self) -> str:
+        return "affine" if self.projections else "identity"
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.norm.weight.numel()
+
+    @classmethod
+    def untrained(
+        cls, hidden_dim: int, num_layers: int, *, layers: Iterable[int] | None = None, bottleneck_dim: int = 128, seed: int = 0
+    ) -> RouterBank:
+        """Routers with random weights, after the given layers or all but the last: for measuring (with a threshold of
+        0 every token leaves at the first checkpoint) and for tests."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            routers = {i: TokenRouter(hidden_dim, bottleneck_dim) for i in (range(num_layers - 1) if layers is None else layers)}
+        return cls(routers, Norm(torch.ones(hidden_dim)), num_layers)
+
+    def settings(self, config: TIDEConfig, device: torch.device) -> Settings:
+        """The bank's tensors on ``device``, with a config, as the settings that the passes take.
+
+        Raises:
+            ConfigError: the config asks for projections that the bank does not have.
+        """
+        if config.exit_strategy == "affine" and not self.projections:
+            raise ConfigError(
+                "exit_strategy='affine' needs projections and these routers have none: calibrate with exit_strategy='affine'."
+            )
+        affine = self.projections and config.exit_strategy != "identity"
+        return config.settings(
+            routers={
+                layer: {n.split(".")[0]: t.detach().to(device) for n, t in router.state_dict().items()}
+                for layer, router in self.routers.items()
+            },
+            norm_weight=self.norm.weight.to(device),
+            norm_bias=None if self.norm.bias is None else self.norm.bias.to(device),
+            norm_eps=self.norm.eps,
+            layer_norm=self.norm.layer_norm,
+            projections={n: (w.to(device), b.to(device)) for n, (w, b) in self.projections.items()} if affine else None,
+            expected_layers=self.num_layers,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the bank as safetensors, atomically: an interrupted save leaves the old file."""
+        tensors = {"norm.weight": self.norm.weight}
+        if self.norm.bias is not None:
+            tensors["norm.bias"] = self.norm.bias
+        for layer, router in self.routers.items():
+            tensors |= {f"router.{layer}.{n}": t.detach() for n, t in router.state_dict().items()}
+        for layer, (weight, bias) in self.projections.items():
+            tensors |= {f"projection.{layer}.weight": weight, f"projection.{layer}.bias": bias}
+        header = {
+            "format": FORMAT,
+            "num_layers": self.num_layers,
+            "fingerprint": self.fingerprint,
+            "norm": {"eps": self.norm.eps, "layer_norm": self.norm.layer_norm},
+            **self.metadata,
+        }
+        return write_tensors(path, {n: t.float().cpu().contiguous() for n, t in tensors.items()}, {"tide": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> RouterBank:
+        """Read a bank written by ``save``, or a ``router.pt`` of tide-inference (with ``weights_only=True``).
+
+        Args:
+            path: the file.
+            model: needed for a ``router.pt`` only: it lacks the norm and the number of layers.
+
+        Raises:
+            RouterFileError: no such file, corrupt, of another format, or a ``router.pt`` without a model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise RouterFileError(f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, save_path=...).")
+        if path.suffix in (".pt", ".pth", ".bin"):
+            return _load_reference(path, model)
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("tide", "{}"))
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+            raise RouterFileError(f"{str(path)!r} is not a readable router file ({error}). Calibrate again.") from error
+        if header.get("format") != FORMAT:
+            raise RouterFileError(
+                f"{str(path)!r} is a safetensors file, but not a router file of format {FORMAT!r} (found {header.get('format')!r})."
+            )
+        try:
+            return cls._from_tensors(tensors, header)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise RouterFileError(f"{str(path)!r} lacks a part or has one of the wrong shape ({error}). Calibrate again.") from error
+
+    @classmethod
+    def _from_tensors(cls, tensors: dict[str, Tensor], header: dict) -> RouterBank:
+        routers, projections = {}, {}
+        for name in tensors:
+            kind, *rest = name.split(".")
+            if kind == "router" and rest[1] == "down":
+                layer = int(rest[0])
+                down, up = tensors[name], tensors[f"router.{layer}.up.weight"]
+                routers[layer] = TokenRouter(down.shape[1], down.shape[0])
+                routers[layer].load_state_dict({"down.weight": down, "up.weight": up})
+            elif kind == "projection" and rest[1] == "weight":
+                projections[int(rest[0])] = (tensors[name], tensors[f"projection.{rest[0]}.bias"])
+        norm = Norm(tensors["norm.weight"], tensors.get("norm.bias"), **header["norm"])
+        known = ("format", "num_layers", "fingerprint", "norm")
+        metadata = {k: v for k, v in header.items() if k not in known}
+        return cls(routers, norm, header["num_layers"], projections, header["fingerprint"], metadata)
+
+
+def _load_reference(path: Path, model: nn.Module | None) -> RouterBank:
+    from tide_compile.decoder import find_decoder
+
+    if model is None:
+        raise RouterFileError(
+            f"{str(path)!r} is a router file of tide-inference, which lacks the model's norm. Load it with "
+            "tide_compile.TIDE(model, router_path=...), or convert it once: "
+            "RouterBank.load(path, model=model).save('router.safetensors')."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        routers = {}
+        for layer, weights in state["router_layers"].items():
+            routers[int(layer)] = TokenRouter(state["hidden_dim"], state["bottleneck_dim"])
+            routers[int(layer)].load_state_dict(weights)
+    except Exception as error:  # torch.load raises many kinds for a bad file
+        raise RouterFileError(f"{str(path)!r} is not a readable tide-inference router file ({error}).") from error
+    decoder = find_decoder(model)
+    if decoder.hidden_dim != state["hidden_dim"]:
+        raise RouterFileError(
+            f"{str(path)!r} is for models of hidden size {state['hidden_dim']}, this one has {decoder.hidden_dim}."
+        )
+    return RouterBank(routers, decoder.final_norm(), len(decoder.layers), {}, fingerprint(model.parameters()))

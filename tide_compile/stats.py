@@ -1,0 +1,108 @@
+"""ExitStats: who left where, counted from the decisions that the executor reads anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+PADDING = -1
+
+
+@dataclass(slots=True)
+class ExitStats:
+    """Counts of one or more forward passes. Padding is not counted.
+
+    Attributes:
+        num_layers: layers of the model.
+        exits_per_layer: layer -> tokens that left after it.
+        remaining_tokens: tokens that ran all layers.
+        exit_layers: with ``record_exits(per_token=True)``, one [B, S] int64 tensor per call: the layer a token left
+            after, ``num_layers`` - 1 for one that ran them all, -1 for padding.
+    """
+
+    num_layers: int = 0
+    exits_per_layer: dict[int, int] = field(default_factory=dict)
+    exit_layers: list[torch.Tensor] = field(default_factory=list)
+    per_token: bool = False
+    _remaining: int = 0
+    _uncounted: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def remaining_tokens(self) -> int:
+        while self._uncounted:
+            self._remaining += int(self._uncounted.pop().sum())
+        return self._remaining
+
+    @property
+    def total_exited(self) -> int:
+        return sum(self.exits_per_layer.values())
+
+    @property
+    def total_tokens(self) -> int:
+        return self.total_exited + self.remaining_tokens
+
+    @property
+    def exit_rate(self) -> float:
+        """Share of tokens that left early, 0..1."""
+        return self.total_exited / self.total_tokens if self.total_tokens else 0.0
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers that a token ran, on average."""
+        if not self.total_tokens:
+            return 0.0
+        run = sum((layer + 1) * n for layer, n in self.exits_per_layer.items())
+        return (run + self.num_layers * self.remaining_tokens) / self.total_tokens
+
+    @property
+    def layers_saved(self) -> float:
+        """Share of layer passes that exits made unnecessary, 0..1."""
+        return 1 - self.mean_depth / self.num_layers if self.num_layers and self.total_tokens else 0.0
+
+    def summary(self) -> str:
+        """The reference's report, with the depth that it lacks."""
+        total = self.total_tokens
+        lines = [f"Total tokens: {total}, Exited: {self.total_exited} ({self.exit_rate:.1%})"]
+        for layer, count in sorted(self.exits_per_layer.items()):
+            lines.append(f"  Layer {layer}: {count} exits ({count / total:.1%})")
+        lines.append(f"  Ran all layers: {self.remaining_tokens}")
+        lines.append(f"  Mean depth: {self.mean_depth:.1f} of {self.num_layers} layers, {self.layers_saved:.1%} saved")
+        return "\n".join(lines)
+
+    def add(self, num_layers: int, exits: dict[int, int], remaining: int | torch.Tensor) -> None:
+        """Count one forward pass; ``remaining`` may be the [B, S] mask of tokens that ran all layers, counted when the
+        statistics are read."""
+        self.num_layers = num_layers
+        for layer, count in exits.items():
+            self.exits_per_layer[layer] = self.exits_per_layer.get(layer, 0) + count
+        if isinstance(remaining, torch.Tensor):
+            self._uncounted.append(remaining)
+        else:
+            self._remaining += remaining
+
+
+_recorders: ContextVar[tuple[ExitStats, ...]] = ContextVar("tide_recorders", default=())
+
+
+@contextmanager
+def record_exits(*, per_token: bool = False) -> Iterator[ExitStats]:
+    """Collect the exits of every compiled call inside the block (of this thread or task).
+
+    Args:
+        per_token: also keep the exit layer of every token (``stats.exit_layers``).
+    """
+    stats = ExitStats(per_token=per_token)
+    token = _recorders.set((*_recorders.get(), stats))
+    try:
+        yield stats
+    finally:
+        _recorders.reset(token)
+
+
+def active_recorders() -> tuple[ExitStats, ...]:
+    """The statistics that are being collected right now."""
+    return _recorders.get()
