@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 
-from torch.fx import GraphModule
-
 from tide_compile.passes.fx_tools import output_nodes, remove_dead
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
 from tide_compile.passes.plan import HIDDEN, Piece, Plan, Program
+from torch.fx import GraphModule
 
 
 def fill_kv(program: Program, plan: Plan) -> Program:
@@ -51,7 +50,9 @@ def _fill(piece: Piece, plan: Plan, segment: int) -> Piece | None:
     nodes = output_nodes(graph)
     output.args = (tuple(nodes[i] for i in kept),)
     remove_dead(gm)
-    names = {n.target: name for n, name in zip(piece.graph.graph.find_nodes(op="placeholder"), piece.inputs, strict=True)}
+    names = {
+        n.target: name for n, name in zip(piece.graph.graph.find_nodes(op="placeholder"), piece.inputs, strict=True)
+    }
     inputs = tuple(names[n.target] for n in graph.find_nodes(op="placeholder"))
     if not inputs:
         return None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import networkx as nx
-from torch.fx import Graph, GraphModule, Node
-
 from tide_compile.passes.errors import BoundaryNotUniqueError, LayersSplitError
 from tide_compile.passes.find_layers import layer_of_nodes
 from tide_compile.passes.fx_tools import ancestors, mutated_arguments, shape_of, storage_of, value_of
 from tide_compile.passes.plan import Boundaries, Layers, Plan
+from torch.fx import Graph, GraphModule, Node
 
 
 def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]:
@@ -72,7 +71,10 @@ def _entering(graph: Graph, owner: dict[Node, int], shapes: set[tuple[str, ...]]
     like = [
         node
         for node in graph.nodes
-        if owner[node] < 0 and shape_of(node) in shapes and len(shape_of(node)) == 3 and value_of(node).is_floating_point()
+        if owner[node] < 0
+        and shape_of(node) in shapes
+        and len(shape_of(node)) == 3
+        and value_of(node).is_floating_point()
         and {owner[u] for u in node.users if owner[u] >= 0} == {0}
     ]
     if len(like) == 1:

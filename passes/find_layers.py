@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from torch.fx import Graph, GraphModule, Node
-
 from tide_compile.passes.errors import LayersNotFoundError, LayersSplitError
 from tide_compile.passes.plan import Layers, Plan
+from torch.fx import Graph, GraphModule, Node
 
 _INDEXED = re.compile(r"\.(\d+)(?=\.|$)")
 

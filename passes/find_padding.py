@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule
-
 from tide_compile.passes.fx_tools import value_of
 from tide_compile.passes.plan import Padding, Plan
+from torch.fx import GraphModule
 
 
 def find_padding(gm: GraphModule, plan: Plan) -> dict[str, Padding | None]:

@@ -48,7 +48,9 @@ def mutated_arguments(node: Node) -> tuple[Node, ...]:
             names = [a.name for a in node.target._schema.arguments]
             mutable = [i for i, a in enumerate(node.target._schema.arguments) if a.alias_info and a.alias_info.is_write]
             written.extend(node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in mutable)
-        elif getattr(node.target, "__name__", "").rstrip("0123456789").endswith("_") and not node.target.__name__.endswith("__"):
+        elif getattr(node.target, "__name__", "").rstrip("0123456789").endswith(
+            "_"
+        ) and not node.target.__name__.endswith("__"):
             written.append(node.args[0])
         if node.kwargs.get("inplace") is True:
             written.append(node.args[0])
@@ -156,7 +158,15 @@ def structure_key(gm: GraphModule) -> str:
 
     def symbolic(expr: object) -> str:
         text = str(expr)
-        for symbol in sorted(map(str, getattr(getattr(expr, "node", None), "expr", expr).free_symbols), key=len, reverse=True) if isinstance(expr, torch.SymInt) else ():
+        for symbol in (
+            sorted(
+                map(str, getattr(getattr(expr, "node", None), "expr", expr).free_symbols),
+                key=len,
+                reverse=True,
+            )
+            if isinstance(expr, torch.SymInt)
+            else ()
+        ):
             text = text.replace(symbol, symbols.setdefault(symbol, f"<{len(symbols)}>"))
         return text
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Graph, Node
-
 from tide_compile.passes.errors import KVNotFoundError
 from tide_compile.passes.fx_tools import call, shape_of
+from torch.fx import Graph, Node
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 

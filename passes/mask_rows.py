@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
 from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
-
 from tide_compile.passes.errors import CheckpointError
 from tide_compile.passes.plan import Plan, Settings
+from torch.fx import GraphModule
 
 
 def place_checkpoints(gm: GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:

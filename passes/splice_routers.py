@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-
 from tide_compile.kernels import project, route  # noqa: F401  (defines the ops)
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.plan import (
@@ -20,6 +18,7 @@ from tide_compile.passes.plan import (
     Program,
     Settings,
 )
+from torch.fx import Graph, GraphModule, Node
 
 
 def splice_routers(program: Program, plan: Plan) -> Program:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.passes.split_module import split_module
-
 from tide_compile.passes.find_layers import layer_of_nodes
 from tide_compile.passes.fx_tools import add_placeholder, call, output_nodes, value_of
 from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.split_module import split_module
 
 
 def split_segments(gm: GraphModule, plan: Plan) -> Program:
@@ -36,10 +35,11 @@ def split_segments(gm: GraphModule, plan: Plan) -> Program:
         gm, gm, parts.__getitem__, keep_original_order=True, keep_original_node_name=True, tuple_return=True,
         partition_affix="tide",
     )  # fmt: skip
-    residual = {plan.boundaries.entering, *(plan.boundaries.leaving[layer] for layer in (*plan.cuts, len(plan.layers) - 1))}
-    pieces = {
-        name: _piece(getattr(split, f"submod_tide_{part}"), residual, results) for part, name in enumerate(names)
+    residual = {
+        plan.boundaries.entering,
+        *(plan.boundaries.leaving[layer] for layer in (*plan.cuts, len(plan.layers) - 1)),
     }
+    pieces = {name: _piece(getattr(split, f"submod_tide_{part}"), residual, results) for part, name in enumerate(names)}
     pieces["prologue"] = _mark_active(pieces["prologue"], plan)
     return Program(pieces, arguments, results)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
-
 from tide_compile.passes.errors import VerificationError
 from tide_compile.passes.fx_tools import output_nodes, value_of
 from tide_compile.passes.plan import OUT, THRESHOLD, Program
+from torch.fx import GraphModule
 
 
 def verify(program: GraphModule | Program, after: str) -> None:
@@ -38,4 +37,6 @@ def verify(program: GraphModule | Program, after: str) -> None:
 
 def _require(condition: bool, after: str, piece: str, complaint: str) -> None:
     if not condition:
-        raise VerificationError(f"after pass {after}: {piece} {complaint}. This is a bug in tide_compile; please report it.")
+        raise VerificationError(
+            f"after pass {after}: {piece} {complaint}. This is a bug in tide_compile; please report it."
+        )

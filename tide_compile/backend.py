@@ -15,7 +15,7 @@ from tide_compile.executor import Executor
 from tide_compile.lowering import compile_whole, lower
 from tide_compile.passes.plan import Settings
 from tide_compile.passes.run import PassEvent, run
-from tide_compile.registry import find_bank, is_parameter
+from tide_compile.registry import find_bank
 
 log = logging.getLogger("tide_compile")
 generate_guard.install()
@@ -61,9 +61,9 @@ def tide_backend(
 def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
     if config.exit_threshold == 1:
         return config.settings()
-    bank = find_bank(router, filter(is_parameter, example_inputs))
-    device = next(x.device for x in example_inputs if isinstance(x, torch.Tensor))
-    return bank.settings(config, device)
+    parameters = [x for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    floating = next(p for p in parameters if p.is_floating_point())
+    return find_bank(router, parameters).settings(config, floating.device, floating.dtype)
 
 
 def _log_event(event: PassEvent) -> None:

@@ -85,7 +85,9 @@ class TIDEConfig:
             if name not in known:
                 near = difflib.get_close_matches(str(name), [*known, "router"], n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise UnknownOptionError(f"unknown option {name!r}.{hint} Known options: {', '.join(['router', *known])}.")
+                raise UnknownOptionError(
+                    f"unknown option {name!r}.{hint} Known options: {', '.join(['router', *known])}."
+                )
         return replace(base or cls(), **options)
 
     def settings(self, **routers: object) -> Settings:

@@ -38,6 +38,16 @@ class Decoder:
     norm: nn.Module | None
     output_lengths: tuple[int, ...]
 
+    @property
+    def device(self) -> torch.device:
+        """Of the model's first parameter, where token ids go."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
     @contextmanager
     def on_layers(self, callback: LayerCallback) -> Iterator[None]:
         """Call ``callback(layer, input [B, S, H], output [B, S, H])`` behind every layer inside the block; what it
@@ -50,7 +60,7 @@ class Decoder:
 
     def final_norm(self) -> Norm:
         """A copy of the final norm for the routers; plain RMSNorm where the model's is neither RMSNorm nor LayerNorm."""
-        fitted = None if self.norm is None else fit_norm_maybe(self.norm, self.hidden_dim, _dtype(self.model), _device(self.model))
+        fitted = None if self.norm is None else fit_norm_maybe(self.norm, self.hidden_dim, self.dtype, self.device)
         return fitted or Norm(torch.ones(self.hidden_dim))
 
     @torch.no_grad()
@@ -58,7 +68,7 @@ class Decoder:
         """What the model would say if its last layer had returned ``states`` [T, H]: final norm, head, and whatever
         else its forward does after the layers. Returns [T, V]."""
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
-        rows = states.to(_dtype(self.model)).unsqueeze(1)
+        rows = states.to(self.dtype).unsqueeze(1)
         with ExitStack() as stack:
             for layer, length in zip(self.layers, self.output_lengths, strict=True):
                 result = (rows, *[None] * (length - 1)) if length else rows
@@ -100,7 +110,10 @@ def find_decoder(model: nn.Module) -> Decoder:
         for module in model.modules():
             if module not in inside and not any(True for _ in module.children()):
                 stack.callback(module.register_forward_hook(_note(after, outputs, len(layers))).remove)
-        model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=_device(model)), use_cache=False)
+        model.forward(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device),
+            use_cache=False,
+        )
     states = [_hidden(outputs.get(i)) for i in range(len(layers))]
     if any(s is None or s.dim() != 3 for s in states):
         raise LayersNotFoundError(
@@ -144,7 +157,13 @@ def _layer_hook(index: int, callback: LayerCallback) -> Callable[..., object]:
 def _note(after: list[nn.Module], outputs: dict[int, object], num_layers: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple, output: object) -> None:
         last = _hidden(outputs.get(num_layers - 1))
-        if last is not None and args and isinstance(args[0], Tensor) and args[0].shape == last.shape and _hidden(output) is not None:
+        if (
+            last is not None
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].shape == last.shape
+            and _hidden(output) is not None
+        ):
             after.append(module)
 
     return hook
@@ -165,11 +184,3 @@ def _replaced_forward(module: nn.Module, result: object) -> Iterator[None]:
 def _hidden(output: object) -> Tensor | None:
     first = output[0] if isinstance(output, tuple) and output else output
     return first if isinstance(first, Tensor) else None
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

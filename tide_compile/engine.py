@@ -89,7 +89,9 @@ class TIDE:
         _mark_prompt_length(kwargs)
         return self._compiled(*args, **kwargs)
 
-    def _static_cache(self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object) -> StaticCache:
+    def _static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object
+    ) -> StaticCache:
         """In the place of transformers' method of a similar name, which makes a new cache for every ``generate``."""
         cache = self._cache
         if cache is not None and cache.batch_size == batch_size and cache.get_max_length() >= max_cache_len:
@@ -109,6 +111,10 @@ def _mark_prompt_length(kwargs: dict[str, object]) -> None:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] == 1:
         return
     masks = kwargs.get("attention_mask")
-    for tensor in (ids, kwargs.get("position_ids"), *(masks.values() if isinstance(masks, dict) else (masks,))):
+    for tensor in (
+        ids,
+        kwargs.get("position_ids"),
+        *(masks.values() if isinstance(masks, dict) else (masks,)),
+    ):
         if isinstance(tensor, Tensor):
             torch._dynamo.maybe_mark_dynamic(tensor, 2 if tensor.dim() == 4 else 1)

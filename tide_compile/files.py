@@ -28,5 +28,8 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 
 def router_cache() -> Path:
     """The folder of routers by model fingerprint: ``$TIDE_CACHE``, else ``tide_compile`` in the user's cache folder."""
-    base = os.environ.get("TIDE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tide_compile"
+    base = (
+        os.environ.get("TIDE_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tide_compile"
+    )
     return Path(base) / "routers"

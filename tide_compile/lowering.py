@@ -45,7 +45,10 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
             compiled[key] = _compile(piece, patches)
         runnables[name] = compiled[key]
     log.info(
-        "compiled %d distinct of %d pieces in %.1f s", len(compiled), len(runnables), time.perf_counter() - started
+        "compiled %d distinct of %d pieces in %.1f s",
+        len(compiled),
+        len(runnables),
+        time.perf_counter() - started,
     )
     return runnables
 
@@ -53,7 +56,9 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
 def _compile(piece: Piece, patches: dict[str, object]) -> Runnable:
     inputs = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
-    with tracing(TracingContext(mode)):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
+    with tracing(
+        TracingContext(mode)
+    ):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
         return compile_fx(piece.graph, inputs, config_patches=patches or None)
 
 

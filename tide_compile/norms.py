@@ -9,7 +9,12 @@ from torch import Tensor
 
 from tide_compile.routers import Norm
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative to the largest output: rounding of the dtype
+_TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float64: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}  # relative to the largest output: rounding of the dtype
 
 
 @torch.no_grad()
@@ -45,7 +50,9 @@ def _unit(x: Tensor, layer_norm: bool) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
 
 
-def _eps(function: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: bool) -> float:
+def _eps(
+    function: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor, bias: Tensor | None, layer_norm: bool
+) -> float:
     """``eps`` from inputs so small that it matters: scale = 1 / sqrt(mean square + eps)."""
     x = rows.double().cpu()
     x = x - x.mean(-1, keepdim=True) if layer_norm else x

@@ -11,6 +11,7 @@ The loop, for a state h [B, S, H] behind layer l::
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -31,8 +32,8 @@ class Reference:
     token left after (N - 1: none, -1: padding); ``scores`` per call a dict layer -> [B, S] fp32."""
 
     def __init__(self, decoder: Decoder, bank: RouterBank, config: TIDEConfig) -> None:
-        device = next(decoder.model.parameters()).device
-        self.settings = bank.settings(config, device)
+        device, dtype = decoder.device, decoder.dtype
+        self.settings = bank.settings(config, device, dtype)
         off = config.exit_threshold == 1
         self.checkpoints = () if off else checkpoint_layers(len(decoder.layers), self.settings)[1]
         self.threshold = torch.tensor(config.exit_threshold, dtype=torch.float32, device=device)
@@ -105,8 +106,8 @@ def _zeroing(reference: Reference):
         if reference.exited is None or not reference.exited.any():
             return None
         arguments = call_arguments(module, args, kwargs)
-        arguments["past_key_values"] = _ZeroingCache(arguments.get("past_key_values"), reference.exited)
-        return (), arguments
+        name = next(n for n in inspect.signature(module.forward).parameters if "past" in n)
+        return (), {**arguments, name: _ZeroingCache(arguments.get(name), reference.exited)}
 
     return hook
 

