@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tide_compile.passes.errors import CheckpointError
 from tide_compile.passes.plan import Plan, Settings
 from torch.fx import GraphModule
@@ -14,11 +16,12 @@ def place_checkpoints(gm: GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]
 
 
 def checkpoint_layers(num_layers: int, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut every ``checkpoint_interval`` layers; a cut at least ``min_layers`` deep with a router is a checkpoint.
+    """Cut the layers into equal segments; every ``checkpoint_interval`` layers, at least ``min_layers`` deep, a cut for
+    which there is a router is a checkpoint.
 
-    There is never a cut after the last layer: nothing is left to skip. Cuts without a router only make segments
-    alike, so that one compiled segment serves several. Without any router in the settings the model is cut and runs
-    in full.
+    A segment is as long as the interval, or shorter where that leaves no remainder at the end (30 layers, interval 4:
+    2): equal segments are compiled once. There is never a cut after the last layer: nothing is left to skip. Without
+    any router in the settings the model is cut and runs in full.
 
     Returns:
         ``(cuts, checkpoints)``, layer numbers in ascending order; checkpoints are a subset of cuts.
@@ -26,13 +29,16 @@ def checkpoint_layers(num_layers: int, settings: Settings) -> tuple[tuple[int, .
     Raises:
         CheckpointError: there are routers, but none falls on a permitted layer.
     """
-    grid = range(settings.checkpoint_interval - 1, num_layers - 1, settings.checkpoint_interval)
+    interval = settings.checkpoint_interval
+    shared = math.gcd(interval, num_layers % interval)
+    length = shared if shared > 1 else interval
+    grid = range(interval - 1, num_layers - 1, interval)
     permitted = [c for c in grid if c + 1 >= settings.min_layers]
     checkpoints = tuple(c for c in permitted if c in settings.routers)
     if settings.routers and not checkpoints:
         raise CheckpointError(
-            f"no checkpoint can be placed: min_layers={settings.min_layers} and checkpoint_interval="
-            f"{settings.checkpoint_interval} permit exits after layers {permitted} of {num_layers}, the routers are for "
-            f"layers {sorted(settings.routers)}. Change these options, or calibrate again with them."
+            f"no checkpoint can be placed: min_layers={settings.min_layers} and checkpoint_interval={interval} permit "
+            f"exits after layers {permitted} of {num_layers}, the routers are for layers {sorted(settings.routers)}. "
+            "Change these options, or calibrate again with them."
         )
-    return tuple(grid), checkpoints
+    return tuple(range(length - 1, num_layers - 1, length)), checkpoints
