@@ -149,7 +149,8 @@ def main() -> None:
         other = compared.get(name)
         ratio = f"{timing.median / timings[other].median:.2f} x {other}" if other else ""
         rows.append([name, *timing.cells(), ratio, f"{timing.median / timings['inductor'].median:.2f}"])
-    title = f"decode, {args.model}, {args.dtype}, batch 1, context {CONTEXT} to {CONTEXT + args.rounds}, tide_compile {tide_compile.__version__}"
+    context = f"context {CONTEXT} to {CONTEXT + args.rounds}"
+    title = f"decode, {args.model}, {args.dtype}, batch 1, {context}, tide_compile {tide_compile.__version__}"
     show(
         title,
         ["", "ms per token", "quartiles", "ratio", "to inductor"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 from tide_compile.passes.fx_tools import output_nodes, remove_dead
-from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
+from tide_compile.passes.kv_sources import find_kv_sources, zero_all
 from tide_compile.passes.plan import HIDDEN, Piece, Plan, Program
 from torch.fx import GraphModule
 
@@ -40,7 +40,7 @@ def _fill(piece: Piece, plan: Plan, segment: int) -> Piece | None:
     frozen = graph.find_nodes(op="placeholder")[piece.inputs.index(HIDDEN)]
     if plan.settings.kv_cache_strategy == "zero_pad":
         for source in find_kv_sources(graph, frozen, len(plan.segment_layers(segment))):
-            zero_rows(graph, source, active=None)
+            zero_all(graph, source, frozen)
     boundaries = {plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)}
     for node in graph.nodes:
         if node.name in boundaries:

@@ -95,5 +95,6 @@ def _check_dominance(flow: nx.DiGraph, entering: Node, leaving: list[Node], laye
         if node is entering:
             raise BoundaryNotUniqueError(
                 f"the hidden state after layer {layer - 1} of {layers.prefix!r} can be bypassed on the way to layer "
-                f"{layer}: exits are not possible there. Pass options={{'fallback': 'inductor'}} to compile without them."
+                f"{layer}: exits are not possible there. Pass options={{'fallback': 'inductor'}} to compile without "
+                "them."
             )

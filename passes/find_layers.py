@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 
@@ -40,8 +41,8 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
     expected = plan.settings.expected_layers or len(indices)
     if indices != list(range(expected)):
         raise LayersSplitError(
-            f"this graph holds layers {indices[0]} to {indices[-1]} of {prefix!r}, {len(indices)} of {expected}: a graph "
-            "break cuts the model. Find it with TORCH_LOGS=graph_breaks and remove it, or pass "
+            f"this graph holds layers {indices[0]} to {indices[-1]} of {prefix!r}, {len(indices)} of {expected}: a "
+            "graph break cuts the model. Find it with TORCH_LOGS=graph_breaks and remove it, or pass "
             "options={'fallback': 'inductor'}."
         )
     starts = tuple(nodes[members[i][0]].name for i in indices)
@@ -73,4 +74,4 @@ def _indexed_paths(node: Node) -> set[tuple[str, int]]:
 
 def _runs_in_order(members: dict[int, list[int]]) -> bool:
     spans = [(members[i][0], members[i][-1]) for i in sorted(members)]
-    return len(spans) >= 2 and all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False))
+    return len(spans) >= 2 and all(a[1] < b[0] for a, b in itertools.pairwise(spans))

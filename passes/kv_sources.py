@@ -6,7 +6,7 @@ import operator
 
 import torch
 from tide_compile.passes.errors import KVNotFoundError
-from tide_compile.passes.fx_tools import call, shape_of
+from tide_compile.passes.fx_tools import call, shape_of, value_of
 from torch.fx import Graph, Node
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
@@ -31,27 +31,30 @@ def find_kv_sources(graph: Graph, hidden: Node, num_layers: int) -> list[Node]:
         sources = {data: None for node in attention for data in node.args[1:3] if data in dependent}
     if len(sources) < 2 * num_layers:
         raise KVNotFoundError(
-            f"kv_cache_strategy='zero_pad' needs the keys and values of {num_layers} layers and found {len(sources)} of "
-            f"{2 * num_layers} in this graph. Use kv_cache_strategy='propagate', or load the model with "
+            f"kv_cache_strategy='zero_pad' needs the keys and values of {num_layers} layers and found {len(sources)} "
+            f"of {2 * num_layers} in this graph. Use kv_cache_strategy='propagate', or load the model with "
             "attn_implementation='sdpa'."
         )
     return list(sources)
 
 
-def zero_rows(graph: Graph, source: Node, active: Node | None) -> None:
-    """Let everything that reads ``source`` [B, heads, S, D] read zeros in the rows that are not active (``active``
-    [B, S]; None: in all rows)."""
-    users = list(source.users)
+def zero_all(graph: Graph, source: Node, hidden: Node) -> None:
+    """Let everything that reads ``source`` [B, heads, S, D] read zeros, which need nothing but the sizes of ``hidden``
+    [B, S, H]."""
+    _, heads, _, width = value_of(source).shape
+    with graph.inserting_before(source):
+        rows, length = call(graph, "size", hidden, 0), call(graph, "size", hidden, 1)
+        zeros = call(graph, "new_zeros", hidden, (rows, heads, length, width), dtype=value_of(source).dtype)
+    source.replace_all_uses_with(zeros)
+
+
+def zero_rows(graph: Graph, source: Node, active: Node) -> None:
+    """Let everything that reads ``source`` [B, heads, S, D] read zeros in the rows where ``active`` [B, S] is false."""
     with graph.inserting_after(source):
-        if active is None:
-            zeroed = call(graph, torch.zeros_like, source)
-        else:
-            column = call(graph, operator.getitem, active, (slice(None), None, slice(None), None))
-    if active is not None:
-        with graph.inserting_after(column):
-            zeroed = call(graph, torch.where, column, source, 0.0)
-    for user in users:
-        user.replace_input_with(source, zeroed)
+        column = call(graph, operator.getitem, active, (slice(None), None, slice(None), None))
+    with graph.inserting_after(column):
+        zeroed = call(graph, torch.where, column, source, 0.0)
+    source.replace_all_uses_with(zeroed, delete_user_cb=lambda user: user is not zeroed)
 
 
 def _descendants(*roots: Node) -> set[Node]:

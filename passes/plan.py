@@ -40,6 +40,15 @@ class Settings:
     projections: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     expected_layers: int | None = None
 
+    def constants(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors of the checkpoint after ``layer`` by environment name."""
+        named = {f"router.{layer}.{n}": t for n, t in self.routers[layer].items()}
+        named |= {"router.norm_weight": self.norm_weight, "router.norm_bias": self.norm_bias}
+        if self.projections is not None:
+            weight, bias = self.projections[layer]
+            named |= {f"projection.{layer}.weight": weight, f"projection.{layer}.bias": bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class Layers:
@@ -118,8 +127,9 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Program:
     """The model cut into pieces. Keys: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``, ``segment_<i>.fill``,
-    ``project_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the environment names of what the Dynamo graph took and returned
-    (a result may also be a constant). ``constants`` are the tensors the rewrites bound (routers, projections)."""
+    ``project_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the environment names of what the Dynamo graph
+    took and returned (a result may also be a constant). ``constants`` are the tensors the rewrites bound (routers,
+    projections)."""
 
     pieces: dict[str, Piece]
     arguments: tuple[str, ...]

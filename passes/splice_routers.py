@@ -36,27 +36,27 @@ def splice_routers(program: Program, plan: Plan) -> Program:
         layer = plan.checkpoint_of(segment)
         if layer is None:
             continue
-        shared = {"norm_weight": settings.norm_weight, "norm_bias": settings.norm_bias}
-        tensors = {n: t for n, t in (settings.routers[layer] | shared).items() if t is not None}
-        names = {n: f"router.{n}" if n in shared else f"router.{layer}.{n}" for n in tensors}
-        constants |= {names[n]: t for n, t in tensors.items()}
+        found = settings.constants(layer)
+        constants |= found
         name = f"segment_{segment}"
-        pieces[name] = _with_router(pieces[name], settings, tensors, names)
+        pieces[name] = _with_router(pieces[name], settings, {n: t for n, t in found.items() if n.startswith("router.")})
         if settings.projections is not None:
-            weight, bias = settings.projections[layer]
-            pieces[f"project_{layer}"] = _projection(pieces[name], layer, weight, bias)
-            constants |= {f"projection.{layer}.weight": weight, f"projection.{layer}.bias": bias}
+            pieces[f"project_{layer}"] = _projection(pieces[name], layer, *settings.projections[layer])
     return Program(pieces, program.arguments, program.results, constants)
 
 
-def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tensor], names: dict[str, str]) -> Piece:
+def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tensor]) -> Piece:
     graph = piece.graph.graph
     output = graph.output_node()
     hidden = output.args[0][piece.outputs.index(HIDDEN)]
     like = value_of(hidden)
     active = add_placeholder(graph, ACTIVE, like.new_empty(like.shape[:2], dtype=torch.bool))
     threshold = add_placeholder(graph, THRESHOLD, like.new_empty((), dtype=torch.float32))
-    router = {n: add_placeholder(graph, f"tide_{n}", _fake_like(like, t)) for n, t in tensors.items()}
+    parts = [name.rsplit(".", 1)[-1] for name in tensors]
+    router = {
+        part: add_placeholder(graph, f"tide_{part}", _fake_like(like, tensor))
+        for part, tensor in zip(parts, tensors.values(), strict=True)
+    }
     with graph.inserting_before(output):
         routed = graph.call_function(
             torch.ops.tide.route.default,
@@ -72,7 +72,7 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
     piece.graph.recompile()
     return Piece(
         piece.graph,
-        (*piece.inputs, ACTIVE, THRESHOLD, *(names[n] for n in tensors)),
+        (*piece.inputs, ACTIVE, THRESHOLD, *tensors),
         (*piece.outputs, SCORE, LEAVE, ACTIVE, COUNTS),
     )
 

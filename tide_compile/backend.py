@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
@@ -32,30 +33,31 @@ def tide_backend(
 
     Args:
         gm: the graph. example_inputs: its inputs; parameters are the model's own objects.
-        mode: Inductor's mode.
-        options: ``router`` (a path or a ``RouterBank``) and the fields of ``TIDEConfig``.
+        mode: Inductor's mode; torch.compile takes either ``mode`` or ``options``, so it is an option as well.
+        options: ``router`` (a path or a ``RouterBank``), ``mode``, and the fields of ``TIDEConfig``.
 
     Raises:
         TideError: one of the named errors of ``tide_compile.errors``. With ``options={"fallback": "inductor"}`` graphs
             that cannot be cut are compiled without exits instead, and that is logged.
     """
     options = dict(options or {})
-    router = options.pop("router", None)
+    router, mode = options.pop("router", None), options.pop("mode", mode)
     config = TIDEConfig.from_options(options)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise GradEnabledError(
             "the model was traced with gradients enabled, and exits are for inference only. Call it under "
             "torch.no_grad() or torch.inference_mode()."
         )
+    settings_for = functools.partial(_settings, config, router)
     try:
-        settings = _settings(config, router, example_inputs)
-        program, plan = run(gm, settings, _log_event)
+        program, plan = run(gm, settings_for(example_inputs), _log_event)
     except GraphError as error:
         if config.fallback is None:
             raise
         log.warning("TIDE is off for this graph, plain Inductor is used: %s", error)
         return compile_whole(gm, example_inputs, mode)
-    return Executor(program, plan, lower(program, config.lowering, mode), config.exit_threshold)
+    runnables = lower(program, config.lowering, mode)
+    return Executor(program, plan, runnables, config.exit_threshold, example_inputs, settings_for)
 
 
 def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:

@@ -84,7 +84,8 @@ def calibrate(
     layers = tuple(range(config.checkpoint_interval - 1, len(decoder.layers) - 1, config.checkpoint_interval))
     if not layers:
         raise ConfigError(
-            f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint in a model of {len(decoder.layers)} layers: choose a smaller one."
+            f"checkpoint_interval={config.checkpoint_interval} leaves no checkpoint in a model of "
+            f"{len(decoder.layers)} layers: choose a smaller one."
         )
     texts = calibration_texts(source, config.calibration_samples)
     bar = tqdm(texts, "calibrate", total=config.calibration_samples, unit="text", disable=not progress)

@@ -59,7 +59,7 @@ class Decoder:
             yield
 
     def final_norm(self) -> Norm:
-        """A copy of the final norm for the routers; plain RMSNorm where the model's is neither RMSNorm nor LayerNorm."""
+        """A copy of the final norm for the routers; plain RMSNorm where it is neither RMSNorm nor LayerNorm."""
         fitted = None if self.norm is None else fit_norm_maybe(self.norm, self.hidden_dim, self.dtype, self.device)
         return fitted or Norm(torch.ones(self.hidden_dim))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, Plan, Program
+from tide_compile.errors import RouterMismatchError
+from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, Plan, Program, Settings
 from tide_compile.stats import PADDING, ExitStats, active_recorders
 
 
@@ -45,15 +48,26 @@ class Executor:
     * some have: the masked segment, in which exited rows keep their frozen state;
     * nobody is left: the K/V slices of the remaining segments, then the epilogue.
 
+    Dynamo runs the code of one model for any other of the same shape. So routers are looked up again (once) for a
+    model that was not seen before, by the identity of its first parameter.
+
     Args:
         program: the pieces' inputs and outputs by name.
         plan: the plan they were built from.
         runnables: the compiled pieces by name (``lowering.lower``).
         threshold: the exit threshold, 0..1.
+        example_inputs: of the graph; the routers in ``program`` belong to the model they come from.
+        settings_for: finds the settings for the inputs of another model.
     """
 
     def __init__(
-        self, program: Program, plan: Plan, runnables: dict[str, Callable[..., tuple]], threshold: float
+        self,
+        program: Program,
+        plan: Plan,
+        runnables: dict[str, Callable[..., tuple]],
+        threshold: float,
+        example_inputs: Sequence[object],
+        settings_for: Callable[[Sequence[object]], Settings],
     ) -> None:
         self.plan = plan
         names = [*program.arguments, *program.constants, THRESHOLD]
@@ -80,13 +94,15 @@ class Executor:
         )
         self._hidden, self._active, self._out = slots[HIDDEN], slots[ACTIVE], slots[OUT]
         self._leave, self._counts = slots[LEAVE], slots[COUNTS]
-        device = next((t.device for t in program.constants.values()), "cpu")
-        constants = [*program.constants.values(), torch.tensor(threshold, dtype=torch.float32, device=device)]
-        self._constants = constants + [None] * (len(slots) - len(program.arguments) - len(constants))
+        self._names, self._threshold, self._settings_for = tuple(program.constants), threshold, settings_for
+        self._empty = len(slots) - len(program.arguments) - len(program.constants) - 1
+        self._anchor = next((i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)), None)
+        self._constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._bind(example_inputs, program.constants)
         self._results = tuple((slots[r], None) if isinstance(r, str) else (None, r) for r in program.results)
 
     def __call__(self, *arguments: object) -> tuple:
-        env = [*arguments, *self._constants]
+        env = [*arguments, *self._constants_of(arguments)]
         self._prologue(env)
         recorders = active_recorders()
         trace = _Trace(env[self._active], self.plan) if any(r.per_token for r in recorders) else None
@@ -114,6 +130,29 @@ class Executor:
         for recorder in recorders:
             _record(recorder, self.plan, exits, valid if remaining is None else remaining, trace)
         return tuple(value if slot is None else env[slot] for slot, value in self._results)
+
+    def _bind(self, arguments: Sequence[object], constants: dict[str, torch.Tensor]) -> list:
+        device = next((t.device for t in constants.values()), "cpu")
+        threshold = torch.tensor(self._threshold, dtype=torch.float32, device=device)
+        tail = [*constants.values(), threshold, *[None] * self._empty]
+        if self._anchor is not None:
+            self._constants[arguments[self._anchor]] = tail
+        return tail
+
+    def _constants_of(self, arguments: Sequence[object]) -> list:
+        known = None if self._anchor is None else self._constants.get(arguments[self._anchor])
+        if known is not None or not self._names:
+            return known or self._bind(arguments, {})
+        settings = self._settings_for(arguments)
+        layers = [layer for layer in self.plan.checkpoints if layer in settings.routers]
+        found = {name: tensor for layer in layers for name, tensor in settings.constants(layer).items()}
+        if tuple(found) != self._names:
+            raise RouterMismatchError(
+                f"this code was compiled for routers after layers {list(self.plan.checkpoints)}, and another model of "
+                f"the same shape runs it with routers after layers {sorted(settings.routers)}. Compile each with its own "
+                "options={'router': ...}."
+            )
+        return self._bind(arguments, found)
 
 
 class _Trace:

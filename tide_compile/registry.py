@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -59,16 +60,19 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
 
 
 def resolve_bank(router: str | Path | RouterBank | None, model: nn.Module) -> RouterBank:
-    """As ``find_bank``, for a model at hand: reads ``router.pt`` files of tide-inference as well."""
+    """As ``find_bank``, for a model at hand: reads ``router.pt`` files of tide-inference as well.
+
+    The bank returned is known to fit this model and is not checked again.
+    """
     if isinstance(router, str | Path):
         router = RouterBank.load(router, model=model)
-    return find_bank(router, model.parameters())
+    return replace(find_bank(router, model.parameters()), fingerprint=None)
 
 
 def _check(bank: RouterBank, found: str, router: object) -> None:
     if bank.fingerprint != found:
         where = repr(str(router)) if isinstance(router, str | Path) else "this RouterBank"
         raise RouterMismatchError(
-            f"{where} was calibrated for another model (fingerprint {bank.fingerprint[:12]}, this model has {found[:12]}). "
-            "Calibrate this model, or attach the bank on purpose with tide_compile.attach(model, bank)."
+            f"{where} was calibrated for another model (fingerprint {bank.fingerprint[:12]}, this model has "
+            f"{found[:12]}). Calibrate this model, or attach the bank on purpose with tide_compile.attach(model, bank)."
         )

@@ -41,7 +41,7 @@ class TokenRouter(nn.Module):
         return torch.sigmoid(self.logits(normed))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Norm:
     """The normalisation in front of every router, usually a copy of the model's final norm.
 
@@ -55,7 +55,7 @@ class Norm:
     layer_norm: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RouterBank:
     """Routers, exit projections and what is known of the model they were made for.
 
@@ -118,7 +118,8 @@ class RouterBank:
         """
         if config.exit_strategy == "affine" and not self.projections:
             raise ConfigError(
-                "exit_strategy='affine' needs projections and these routers have none: calibrate with exit_strategy='affine'."
+                "exit_strategy='affine' needs projections and these routers have none: calibrate with "
+                "exit_strategy='affine'."
             )
         affine = self.projections and config.exit_strategy != "identity"
         return config.settings(
@@ -170,7 +171,8 @@ class RouterBank:
         path = Path(path)
         if not path.is_file():
             raise RouterFileError(
-                f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, save_path=...)."
+                f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, "
+                "save_path=...)."
             )
         if path.suffix in (".pt", ".pth", ".bin"):
             return _load_reference(path, model)
@@ -182,7 +184,8 @@ class RouterBank:
             raise RouterFileError(f"{str(path)!r} is not a readable router file ({error}). Calibrate again.") from error
         if header.get("format") != FORMAT:
             raise RouterFileError(
-                f"{str(path)!r} is a safetensors file, but not a router file of format {FORMAT!r} (found {header.get('format')!r})."
+                f"{str(path)!r} is a safetensors file, but not a router file of format {FORMAT!r} (found "
+                f"{header.get('format')!r}). Calibrate again."
             )
         try:
             return cls._from_tensors(tensors, header)

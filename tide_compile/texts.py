@@ -11,8 +11,8 @@ from tide_compile.errors import CalibrationDataError
 _SHORTEST = 100  # characters; the reference's limit below which a sample is a headline or empty
 _NAMED = {"wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1")}
 _ALTERNATIVES = (
-    "Give a data set that is reachable, the path of a .txt or .jsonl file, a list of strings, or 'pydoc' (texts that come "
-    "with Python)."
+    "Give a data set that is reachable, the path of a .txt or .jsonl file, a list of strings, or 'pydoc' (texts that "
+    "come with Python)."
 )
 
 
@@ -20,7 +20,7 @@ def calibration_texts(source: str | Path | Iterable[str], limit: int) -> Iterato
     """Yield up to ``limit`` texts, one at a time.
 
     Args:
-        source: ``"pydoc"``, the path of a local ``.txt`` (paragraphs) or ``.jsonl`` file (column ``text``), the name of a
+        source: ``"pydoc"``, the path of a local ``.txt`` (lines) or ``.jsonl`` file (column ``text``), the name of a
             Hugging Face data set (streamed; ``"wikitext"`` is WikiText-103), or the texts themselves.
         limit: number of texts.
 

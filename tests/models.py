@@ -1,0 +1,73 @@
+"""Tiny random models, one per way of building a decoder, and calls that exercise all cache kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+
+VOCABULARY, HIDDEN, LAYERS = 128, 64, 4
+_WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4}
+_COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": LAYERS}
+
+CONFIGS = {
+    "rmsnorm-rope-gqa": lambda: LlamaConfig(**_WIDTHS, **_COMMON, num_key_value_heads=2),
+    "layernorm-learned-positions": lambda: GPT2Config(
+        n_layer=LAYERS, n_embd=HIDDEN, n_head=4, vocab_size=VOCABULARY, n_positions=256
+    ),
+    "parallel-residual": lambda: GPTNeoXConfig(**_WIDTHS, **_COMMON),
+    "sliding-window": lambda: Gemma3TextConfig(
+        **_WIDTHS, **_COMMON, num_key_value_heads=2, head_dim=16, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+    ),
+}  # fmt: skip
+CACHES = ("none", "dynamic", "static")
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model whose hidden states change visibly from layer to layer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+def prompt(batch: int, length: int = 9, padding: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask [B, S]; every row but the last is padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[: batch - 1, :padding] = 0
+    return ids, mask
+
+
+def logits_of(model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int = 4) -> list[torch.Tensor]:
+    """Logits of a prompt and, with a cache, of ``steps`` decoded tokens, without those of padding: [T, V] each."""
+    return list(_logits(model, call, cache, batch, steps))
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int) -> Iterator[torch.Tensor]:
+    ids, mask = prompt(batch)
+    extra = {
+        "none": lambda: {"use_cache": False},
+        "dynamic": lambda: {"past_key_values": DynamicCache(config=model.config)},
+        "static": lambda: {"past_key_values": StaticCache(config=model.config, max_cache_len=16)},
+    }[cache]()
+    yield call(ids, attention_mask=mask, **extra).logits[mask.bool()]
+    for i in range(0 if cache == "none" else steps):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        yield call(ids[:, i : i + 1], attention_mask=mask, **extra).logits[:, 0]

@@ -1,0 +1,127 @@
+"""Every compiled mode equals the eager reference: exit layers exactly, logits within tolerance."""
+
+import pytest
+import torch
+
+import tide_compile
+from tests.models import CACHES, CONFIGS, HIDDEN, LAYERS, logits_of, tiny
+from tests.tolerances import assert_close
+from tide_compile import RouterBank, TIDEConfig
+
+SETTINGS = {"min_layers": 2, "checkpoint_interval": 1}
+
+
+def threshold_between(model, bank, share, cache, batch, **settings):
+    """A threshold that about ``share`` of all scores exceed, halfway between two of them so that rounding cannot
+    change an exit."""
+    config = TIDEConfig(exit_threshold=0.999, **settings)
+    with tide_compile.eager_reference(model, bank, config) as reference:
+        logits_of(model, model, cache, batch)
+    scores = torch.cat([s.flatten() for call in reference.scores for s in call.values()]).sort().values
+    middle = int(len(scores) * (1 - share))
+    gaps = scores[middle - 3 : middle + 3].diff()
+    best = middle - 3 + gaps.argmax()
+    return ((scores[best] + scores[best + 1]) / 2).item()
+
+
+def check(model, bank, cache, batch, threshold, **settings):
+    config = TIDEConfig(exit_threshold=threshold, **settings)
+    with tide_compile.eager_reference(model, bank, config) as reference:
+        want = logits_of(model, model, cache, batch)
+    options = {"router": bank, "exit_threshold": threshold, **settings}
+    compiled = torch.compile(model, backend="tide", options=options)
+    with tide_compile.record_exits(per_token=True) as stats:
+        got = logits_of(model, compiled, cache, batch)
+    for ours, theirs in zip(stats.exit_layers, reference.exit_layers, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, theirs)
+    return stats
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_threshold_one_is_the_stock_model(name, cache, batch):
+    """Catches a cut that loses or reorders something."""
+    model = tiny(name)
+    options = {"exit_threshold": 1.0, "lowering": "eager", **SETTINGS}
+    compiled = torch.compile(model, backend="tide", options=options)
+    want = logits_of(model, model, cache, batch)
+    with tide_compile.record_exits() as stats:
+        got = logits_of(model, compiled, cache, batch)
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, theirs)
+    assert stats.exit_rate == 0
+    assert stats.total_tokens == sum(len(logits) for logits in want)  # and padding is not counted
+
+
+@pytest.mark.parametrize("strategy", ["propagate", "zero_pad"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_some_exits(name, cache, batch, strategy):
+    """Catches a wrong mask, a lost cache write, K/V from the wrong state."""
+    model = tiny(name)
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    settings = {"lowering": "eager", "kv_cache_strategy": strategy, **SETTINGS}
+    threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
+    stats = check(model, bank, cache, batch, threshold, **settings)
+    assert 0 < stats.total_exited < stats.total_tokens
+
+
+@pytest.mark.parametrize("strategy", ["propagate", "zero_pad"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_exit(name, cache, strategy):
+    """Catches a fill slice that forgets a layer's K/V: the next token would see it."""
+    model = tiny(name)
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    stats = check(model, bank, cache, 4, 0.0, lowering="eager", kv_cache_strategy=strategy, **SETTINGS)
+    assert stats.exits_per_layer == {1: stats.total_tokens}
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_affine_projection(dtype, batch):
+    """Catches a projection of the wrong rows, layer or dtype."""
+    model = tiny("rmsnorm-rope-gqa", dtype)
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    generator = torch.Generator().manual_seed(2)
+    bank.projections = {
+        layer: (torch.randn(HIDDEN, HIDDEN, generator=generator) / 8, torch.randn(HIDDEN, generator=generator))
+        for layer in bank.layers
+    }
+    settings = {"lowering": "eager", **SETTINGS}
+    threshold = threshold_between(model, bank, 0.4, "static", batch, **settings)
+    assert check(model, bank, "static", batch, threshold, **settings).total_exited > 0
+
+
+def test_nan_never_exits():
+    """Catches a comparison that lets NaN pass."""
+    model = tiny("rmsnorm-rope-gqa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    bank = RouterBank.untrained(HIDDEN, LAYERS)
+    options = {"router": bank, "exit_threshold": 0.0, "lowering": "eager", **SETTINGS}
+    compiled = torch.compile(model, backend="tide", options=options)
+    with torch.no_grad(), tide_compile.record_exits(per_token=True) as stats:
+        compiled(torch.tensor([[7, 5]]), use_cache=False)
+    assert stats.exit_layers[0].tolist() == [[1, LAYERS - 1]]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_inductor_lowering(cache):
+    """Catches what only compiled code gets wrong: aliasing, symbolic sizes, twins wired to the wrong weights."""
+    model = tiny("rmsnorm-rope-gqa")
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    threshold = threshold_between(model, bank, 0.4, cache, 2, **SETTINGS)
+    assert check(model, bank, cache, 2, threshold, **SETTINGS).total_exited > 0
+
+
+def test_inductor_lowering_single_row():
+    """Catches the same on the path without masks."""
+    model = tiny("sliding-window")
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    threshold = threshold_between(model, bank, 0.4, "static", 1, **SETTINGS)
+    assert check(model, bank, "static", 1, threshold, **SETTINGS).total_exited > 0
