@@ -32,13 +32,15 @@ class Gram:
         """``(W [H, H], b [H])`` fp32 with Y ~ X W^T + b, shrunk towards the identity.
 
         Args:
-            strength: penalty on W - I, in units of the mean variance of X; b is not penalised.
+            strength: penalty on W - I, in units of the median variance of X (a few components of a residual stream
+                are a thousand times larger than the rest); b is not penalised.
         """
         n = max(self.count, 1)
         mean_x, mean_y = self.x / n, self.y / n
         xx = self.xx / n - torch.outer(mean_x, mean_x)
         xy = self.xy / n - torch.outer(mean_x, mean_y)
-        penalty = strength * xx.diagonal().mean().clamp_min(1e-12)
+        smallest = 1e-6 * self.xx.diagonal().mean() / n
+        penalty = strength * torch.maximum(xx.diagonal().median(), smallest)
         delta = torch.linalg.solve(xx + penalty * torch.eye(len(xx), dtype=xx.dtype, device=xx.device), xy - xx)
         weight = delta.T + torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
         return weight.float(), (mean_y - weight @ mean_x).float()

@@ -149,8 +149,8 @@ class Executor:
         if tuple(found) != self._names:
             raise RouterMismatchError(
                 f"this code was compiled for routers after layers {list(self.plan.checkpoints)}, and another model of "
-                f"the same shape runs it with routers after layers {sorted(settings.routers)}. Compile each with its own "
-                "options={'router': ...}."
+                f"the same shape runs it with routers after layers {sorted(settings.routers)}. Compile each with its "
+                "own options={'router': ...}."
             )
         return self._bind(arguments, found)
 

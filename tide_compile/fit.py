@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tide_compile.collect import Gram
 from tide_compile.routers import TokenRouter
 
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _PATIENCE = 10  # epochs without improvement on held-out tokens
 
 
@@ -51,7 +51,7 @@ def train_router(
         optimizer = torch.optim.AdamW(router.parameters(), lr=1e-3, weight_decay=1e-2)
         best, best_state, stale = float("inf"), router.state_dict(), 0
         for _ in range(epochs):
-            for batch in torch.randperm(len(states)).split(256):
+            for batch in torch.randperm(len(states)).split(max(32, min(256, len(states) // 16))):
                 loss = nn.functional.binary_cross_entropy_with_logits(router.logits(states[batch]), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()

@@ -78,6 +78,7 @@ def _hub(name: str) -> Iterator[str]:
 def _long_enough(rows: Iterable[dict[str, object]]) -> Iterator[str]:
     for row in rows:
         if "text" not in row:
-            raise CalibrationDataError(f"the calibration data has columns {sorted(row)}, and none is called 'text'.")
+            found = f"the calibration data has columns {sorted(row)}, and none is called 'text'"
+            raise CalibrationDataError(f"{found}. {_ALTERNATIVES}")
         if len((row["text"] or "").strip()) > _SHORTEST:
             yield row["text"].strip()

@@ -1,0 +1,229 @@
+"""The engine, the generate trap and the statistics, on a tiny model with uncompiled pieces."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, TextGenerationPipeline, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+import tide_compile
+from tests.models import HIDDEN, LAYERS, VOCABULARY, prompt, tiny
+from tests.tolerances import assert_close
+from tide_compile import TIDE, RouterBank, TIDEConfig
+from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
+
+SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
+GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+
+
+@pytest.fixture
+def model():
+    return tiny("rmsnorm-rope-gqa")
+
+
+@pytest.fixture
+def bank():
+    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+
+
+def reference_text(model, bank, config, ids, mask, **kwargs):
+    with tide_compile.eager_reference(model, bank, config) as reference:
+        out = model.generate(ids, attention_mask=mask, cache_implementation="static", **GENERATE, **kwargs)
+    return out, reference
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_equals_the_reference(model, bank, batch):
+    """The text, and the count of exits, of left-padded batches."""
+    config = TIDEConfig(exit_threshold=0.5, **SETTINGS)
+    ids, mask = prompt(batch)
+    engine = TIDE(model, bank, config)
+    out = engine.generate(ids, attention_mask=mask, **GENERATE)
+    want, reference = reference_text(model, bank, config, ids, mask)
+    assert torch.equal(out, want)
+    layers = torch.cat([e.flatten() for e in reference.exit_layers])
+    counted = {i: int((layers == i).sum()) for i in range(LAYERS - 1)}
+    assert engine.last_stats.exits_per_layer == {i: n for i, n in counted.items() if n}
+    assert engine.last_stats.total_tokens == int((layers >= 0).sum())
+
+
+def test_logits_and_off(model):
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, **SETTINGS))
+    ids, mask = prompt(2)
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits
+    assert_close(engine(ids, mask)[mask.bool()], want[mask.bool()])
+    assert engine.last_stats.exit_rate == 0
+
+
+def test_one_cache_and_few_compilations(model, bank):
+    """Catches a cache made anew, and a recompilation for every prompt length."""
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
+    torch._dynamo.utils.counters.clear()
+    caches = set()
+    for length in (5, 9, 7, 12):
+        engine.generate(prompt(1, length)[0], **GENERATE)
+        caches.add(id(engine._cache))
+    assert len(caches) == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # prompts, decoding
+
+
+def test_generation_arguments(model, bank):
+    """Catches an engine that interprets what transformers should."""
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))
+    ids, mask = prompt(1)
+
+    class Collect(BaseStreamer):
+        tokens = ()
+
+        def put(self, value):
+            self.tokens = (*self.tokens, *value.flatten().tolist())
+
+        def end(self):
+            pass
+
+    streamer = Collect()
+    out = engine.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **GENERATE)
+    assert list(streamer.tokens) == out[0].tolist()
+    assert torch.equal(engine.generate(ids, **{**GENERATE, "temperature": 0}), out)
+    assert torch.equal(engine.generate(ids, **GENERATE, use_cache=False), out)
+    assert torch.equal(engine.generate(ids, **GENERATE, cache_implementation="dynamic"), out)
+    set_seed(0)
+    rows = engine.generate(ids, **{**GENERATE, "do_sample": True}, num_return_sequences=3)
+    assert rows.shape[0] == 3
+    result = engine.generate(ids, **GENERATE, return_dict_in_generate=True)
+    kept = result.past_key_values.layers[0].keys.clone()
+    engine.generate(prompt(1, 5)[0], **GENERATE)
+    assert torch.equal(result.past_key_values.layers[0].keys, kept)  # the caller's cache is the caller's
+
+
+def test_the_model_is_left_alone(model, bank):
+    def attributes():
+        return {n: v for n, v in model.__dict__.items() if n != "_is_torch_compile"}  # set by any torch.compile
+
+    before = set(model.state_dict()), attributes()
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
+    engine.generate(prompt(1)[0], **GENERATE)
+    assert (set(model.state_dict()), attributes()) == before
+    assert model.generation_config.disable_compile is not True
+    assert engine.model.lm_head is model.lm_head
+    with tide_compile.record_exits() as stats, torch.no_grad():
+        model(prompt(1)[0])
+        copy.deepcopy(model)(prompt(1)[0])
+    assert stats.total_tokens == 0
+
+
+def test_pipeline(model, bank):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", eos_token="w1")
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
+    pipeline = TextGenerationPipeline(model=engine.model, tokenizer=tokenizer)
+    with tide_compile.record_exits() as stats:
+        texts = pipeline(["w5 w6 w7", "w8"], max_new_tokens=4, do_sample=False)
+    assert len(texts) == 2 and stats.exit_rate == 1
+
+
+def test_the_trap(model, bank):
+    """``torch.compile(model, backend="tide").generate`` reaches the backend; other backends are left alone."""
+    options = {"router": bank, "exit_threshold": 0.0, **SETTINGS}
+    compiled = torch.compile(model, backend="tide", options=options)
+    with tide_compile.record_exits() as stats:
+        out = compiled.generate(prompt(1)[0], cache_implementation="static", **GENERATE)
+    assert stats.total_tokens == 9 + 5 and stats.exit_rate == 1
+    stock = torch.compile(model, backend="eager")
+    with tide_compile.record_exits() as stats:
+        stock.generate(prompt(1)[0], **GENERATE)
+    assert stats.total_tokens == 0
+    model.compile(backend="tide", options=options)
+    with tide_compile.record_exits() as stats:
+        again = model.generate(prompt(1)[0], cache_implementation="static", **GENERATE)
+    assert stats.exit_rate == 1 and torch.equal(out, again)
+
+
+def test_gradients(model, bank):
+    compiled = torch.compile(model, backend="tide", options={"router": bank, **SETTINGS})
+    with pytest.raises(GradEnabledError, match=r"torch\.no_grad"):
+        compiled(prompt(1)[0])
+    with torch.inference_mode():
+        compiled(prompt(1)[0])
+
+
+def test_options(model):
+    def run(**options):
+        with torch.no_grad():
+            torch.compile(model, backend="tide", options=options)(prompt(1)[0])
+
+    with pytest.raises(UnknownOptionError, match=r"'exit_treshold'. Did you mean 'exit_threshold'\?"):
+        run(exit_treshold=0.5)
+    for bad in ({"exit_threshold": 1.5}, {"min_layers": 0}, {"kv_cache_strategy": "guess"}, {"router": 5}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            run(**bad)
+
+
+def test_fallback_is_asked_for_and_logged(caplog):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with torch.no_grad():
+        with pytest.raises(LayersNotFoundError):
+            torch.compile(net, backend="tide", options={"exit_threshold": 1.0})(torch.ones(2, 4))
+        options = {"exit_threshold": 1.0, "fallback": "inductor"}
+        with caplog.at_level(logging.WARNING, "tide_compile"):
+            out = torch.compile(net, backend="tide", options=options)(torch.ones(2, 4))
+    assert_close(out, net(torch.ones(2, 4)).detach())
+    assert "TIDE is off for this graph" in caplog.text
+
+
+def test_two_models_keep_their_routers():
+    """Dynamo runs one model's code for another of the same shape; the routers must not come along."""
+    models = [tiny("rmsnorm-rope-gqa"), tiny("rmsnorm-rope-gqa", seed=1)]
+    depths = []
+    for seed, model in enumerate(models):
+        bank = RouterBank.untrained(HIDDEN, LAYERS, layers=[1], seed=seed)
+        bank.routers[1].up.weight.data.fill_(50.0 if seed else -50.0)
+        bank.routers[1].down.weight.data.abs_()
+        bank.norm.bias = torch.ones(HIDDEN)  # silu of something positive: the score is 1 or 0
+        tide_compile.attach(model, bank)
+        compiled = torch.compile(model, backend="tide", options={"exit_threshold": 0.5, **SETTINGS})
+        with torch.no_grad(), tide_compile.record_exits() as stats:
+            compiled(prompt(1)[0], use_cache=False)
+        depths.append(stats.mean_depth)
+    assert depths[0] > depths[1]
+
+
+def test_threads_have_their_own_statistics(model, bank):
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
+    engine(prompt(1)[0])
+    totals = []
+
+    def work(batch):
+        with tide_compile.record_exits() as stats:
+            engine(prompt(batch)[0])
+        totals.append(stats.total_tokens)
+
+    threads = [threading.Thread(target=work, args=(1,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert totals == [9, 9, 9]
+
+
+def test_summary():
+    """The reference's lines, then depth."""
+    stats = tide_compile.ExitStats()
+    stats.add(32, {7: 23, 11: 31, 15: 18}, 28)
+    assert stats.summary().splitlines() == [
+        "Total tokens: 100, Exited: 72 (72.0%)",
+        "  Layer 7: 23 exits (23.0%)",
+        "  Layer 11: 31 exits (31.0%)",
+        "  Layer 15: 18 exits (18.0%)",
+        "  Ran all layers: 28",
+        "  Mean depth: 17.4 of 32 layers, 45.6% saved",
+    ]
+    assert tide_compile.ExitStats().summary().startswith("Total tokens: 0, Exited: 0 (0.0%)")
