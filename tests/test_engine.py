@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast, TextGenerationPipeline, set_se
 from transformers.generation.streamers import BaseStreamer
 
 import tide_compile
+from tests.checks import assert_close
 from tests.models import HIDDEN, LAYERS, VOCABULARY, prompt, tiny
-from tests.tolerances import assert_close
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
 

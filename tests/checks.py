@@ -1,0 +1,50 @@
+"""How compiled modes are compared with the eager reference."""
+
+import torch
+
+import tide_compile
+from tests.models import logits_of
+from tide_compile import TIDEConfig
+
+# how far logits may be apart, relative to the largest, and why
+RELATIVE = {
+    torch.float32: 1e-4,  # the issue's bound; fused sums in another order give 1e-6 here
+    torch.bfloat16: 3e-2,  # 8 bits of mantissa, and Inductor keeps fp32 between fused operations where eager rounds
+}
+
+
+def assert_close(got, want):
+    """Tensors are equal within the tolerance of their dtype."""
+    assert got.shape == want.shape
+    bound = RELATIVE[want.dtype] * want.float().abs().max()
+    error = (got.float() - want.float()).abs().max()
+    assert error <= bound, f"largest difference {error:.2e}, allowed {bound:.2e}"
+
+
+def threshold_between(model, bank, share, cache, batch, **settings):
+    """A threshold that about ``share`` of all scores exceed, halfway between two of them so that rounding cannot
+    change an exit."""
+    config = TIDEConfig(exit_threshold=0.999, **settings)
+    with tide_compile.eager_reference(model, bank, config) as reference:
+        logits_of(model, model, cache, batch)
+    scores = torch.cat([s.flatten() for call in reference.scores for s in call.values()]).sort().values
+    middle = int(len(scores) * (1 - share))
+    gaps = scores[middle - 3 : middle + 3].diff()
+    best = middle - 3 + gaps.argmax()
+    return ((scores[best] + scores[best + 1]) / 2).item()
+
+
+def check(model, bank, cache, batch, threshold, **settings):
+    """Run a model compiled and by the eager reference: same exit layers, logits within tolerance. Returns the exits."""
+    config = TIDEConfig(exit_threshold=threshold, **settings)
+    with tide_compile.eager_reference(model, bank, config) as reference:
+        want = logits_of(model, model, cache, batch)
+    options = {"router": bank, "exit_threshold": threshold, **settings}
+    compiled = torch.compile(model, backend="tide", options=options)
+    with tide_compile.record_exits(per_token=True) as stats:
+        got = logits_of(model, compiled, cache, batch)
+    for ours, theirs in zip(stats.exit_layers, reference.exit_layers, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, theirs)
+    return stats
