@@ -70,7 +70,8 @@ def main() -> None:
     chat = [{"role": "user", "content": PROMPT}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     generate = {
-        "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False, "cache_implementation": "static",
+        "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False,
+        "cache_implementation": "static",
     }  # fmt: skip
 
     run = contenders(model, engine)

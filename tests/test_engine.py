@@ -136,6 +136,9 @@ def test_the_trap(model, bank):
     compiled = torch.compile(model, backend="tide", options=options)
     with tide_compile.record_exits() as stats:
         out = compiled.generate(prompt(1)[0], cache_implementation="static", **GENERATE)
+    del compiled
+    with tide_compile.record_exits():
+        torch.compile(model, backend="tide", options=options).generate(prompt(1)[0], **GENERATE)  # held by nobody
     assert stats.total_tokens == 9 + 5 and stats.exit_rate == 1
     stock = torch.compile(model, backend="eager")
     with tide_compile.record_exits() as stats:

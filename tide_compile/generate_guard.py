@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections.abc import Callable
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-_routed: weakref.WeakKeyDictionary[OptimizedModule, nn.Module] = weakref.WeakKeyDictionary()
+_TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
 
 
 def install() -> None:
@@ -41,16 +40,14 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
     It shares all modules, parameters and buffers with the model, which stays as it is. transformers' own compilation
     of static-cache decoding, which would put plain Inductor in the place of tide, is switched off in it.
     """
-    if compiled not in _routed:
+    if _TWIN not in compiled.__dict__:
         model = compiled._orig_mod
-        twin = copy.copy(model)
-        reference = weakref.ref(compiled)
-        twin._compiled_call_impl = call or (lambda *args, **kwargs: reference()(*args, **kwargs))
+        twin = compiled.__dict__[_TWIN] = copy.copy(model)
+        twin._compiled_call_impl = call or compiled.__call__
         if getattr(model, "generation_config", None) is not None:
             twin.generation_config = copy.deepcopy(model.generation_config)
             twin.generation_config.disable_compile = True
-        _routed[compiled] = twin
-    return _routed[compiled]
+    return compiled.__dict__[_TWIN]
 
 
 def _backend_name(compiled: OptimizedModule) -> str | None:

@@ -54,12 +54,27 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
 
 
 def _compile(piece: Piece, patches: dict[str, object]) -> Runnable:
-    inputs = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
+    inputs = [_canonical(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
     with tracing(
         TracingContext(mode)
     ):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
         return compile_fx(piece.graph, inputs, config_patches=patches or None)
+
+
+def _canonical(value: object) -> object:
+    """The same fake value in terms of the symbols that stand for their equals.
+
+    Dynamo may have learnt that two sizes are equal after it had named both. Inductor would bind the old name of an
+    input and use the other, which in the whole graph another input binds, but in a piece maybe none.
+    """
+    if isinstance(value, torch.SymInt):
+        return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
+    if isinstance(value, torch.Tensor) and any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride())):
+        shape, stride = (tuple(map(_canonical, sizes)) for sizes in (value.shape, value.stride()))
+        with value.fake_mode:
+            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+    return value
 
 
 def compile_whole(gm: GraphModule, example_inputs: Sequence[object], mode: str | None) -> Runnable:
