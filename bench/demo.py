@@ -71,7 +71,7 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     generate = {
         "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False,
-        "cache_implementation": "static",
+        "cache_implementation": "static", "max_cache_len": 256,
     }  # fmt: skip
 
     run = contenders(model, engine)

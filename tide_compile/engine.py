@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
@@ -50,10 +51,12 @@ class TIDE:
             options["router"] = resolve_bank(router_path, model)
         if mode is not None:
             options["mode"] = mode
-        self._compiled = torch.compile(model, backend="tide", options=options)
+        # fullgraph: a graph break or too many recompilations are errors, not layers that run in full unnoticed
+        self._compiled = torch.compile(model, backend="tide", options=options, fullgraph=self.config.fallback is None)
         self.model = routed_through(self._compiled, self._forward)
         self.model._prepare_static_cache = self._static_cache
         self._cache: StaticCache | None = None
+        self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
 
     @torch.no_grad()
@@ -66,16 +69,16 @@ class TIDE:
         """transformers' ``generate`` on the compiled model, with a static cache that is kept between calls.
 
         Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) and returns what it returns.
-        ``temperature=0`` means greedy, as in the reference.
+        ``temperature=0`` means greedy, as in the reference. Calls from several threads run one after the other.
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
         if kwargs.get("use_cache") is not False and not any(kwargs.get(n) is not None for n in _OTHER_CACHE):
             kwargs["cache_implementation"] = "static"
-        with record_exits() as self.last_stats:
+        with self._lock, record_exits() as self.last_stats:
             result = self.model.generate(input_ids, **kwargs)
-        if not isinstance(result, Tensor):
-            self._cache = None  # handed to the caller in result.past_key_values
+            if not isinstance(result, Tensor):
+                self._cache = None  # handed to the caller in result.past_key_values
         return result
 
     @staticmethod

@@ -26,7 +26,7 @@ def install() -> None:
 
     @functools.wraps(inherited)
     def getattr_(self: OptimizedModule, name: str) -> object:
-        if name == "generate" and _backend_name(self) == "tide":
+        if name == "generate" and _backend_name(self) in ("tide", "tide_backend"):
             return routed_through(self).generate
         return inherited(self, name)
 
