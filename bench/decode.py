@@ -1,7 +1,7 @@
 """python -m bench.decode: decoding one token at batch 1, with exits forced at a third and two thirds of the layers.
 
 Contenders share their weights and run in turn, one token each, in one process: eager, stock Inductor, tide with no
-exits, tide with every token leaving after N/3 and 2N/3 layers (threshold 0, ``min_layers``), and for each of these
+exits (default options), tide with every token leaving after N/3 and 2N/3 layers (threshold 0, ``min_layers``), and for each of these
 depths the genuinely truncated model compiled by the same route (tide with no exits).
 """
 
@@ -74,7 +74,7 @@ def contenders(
     """The steps to time, compiled and warm, and the seconds that each took to its first token (warm caches)."""
     n = model.config.num_hidden_layers
     plans = {"eager": (model, None), "inductor": (model, {"backend": "inductor"})}
-    plans["tide off"] = (model, {"backend": "tide", "options": options(None, model, n)})
+    plans["tide off"] = (model, {"backend": "tide", "options": {"exit_threshold": 1.0}})
     for depth in (n // 3, 2 * n // 3):
         plans[f"tide exit {depth}"] = (model, {"backend": "tide", "options": options(depth, model, n)})
         plans[f"truncated {depth}"] = (

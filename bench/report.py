@@ -32,6 +32,10 @@ class Timing:
         first, _, third = statistics.quantiles(self.seconds, n=4)
         return first, third
 
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.seconds)
+
     def cells(self) -> list[str]:
         first, third = self.spread
         return [f"{self.median * 1e3:.1f}", f"{first * 1e3:.1f} to {third * 1e3:.1f}"]
