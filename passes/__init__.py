@@ -1,7 +1,8 @@
 """The compiler: from Dynamo's graph of a decoder to pieces that can be skipped.
 
-The order of the passes is the order of these two lists; ``run`` is the loop. Analyses read the Dynamo graph and
-return fields of the ``Plan``; rewrites turn the graph, then the ``Program``, into the next one.
+The order of the passes is the order of these lists; ``run`` is the loop. Analyses read the Dynamo graph and return
+fields of the ``Plan``; placement does so too, knowing the settings; rewrites turn the graph, then the ``Program``, into
+the next one.
 """
 
 from tide_compile.passes.fill_kv import fill_kv
@@ -13,5 +14,6 @@ from tide_compile.passes.place_checkpoints import place_checkpoints
 from tide_compile.passes.splice_routers import splice_routers
 from tide_compile.passes.split_segments import split_segments
 
-ANALYSES = (find_layers, find_boundaries, find_padding, place_checkpoints)
+ANALYSES = (find_layers, find_boundaries, find_padding)
+PLACEMENT = (place_checkpoints,)
 REWRITES = (split_segments, fill_kv, splice_routers, mask_rows)

@@ -52,9 +52,10 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
             )
         leaving.append(rest[0])
     _check_dominance(flow, entering, leaving, layers)
+    _check_not_overwritten(owner, [entering, *leaving], layers)
     moved = {n.name for h in hoisted for n in ancestors(h, lambda a: owner[a] < 0) if owner[n] >= 0}
     return {
-        "boundaries": Boundaries(entering.name, tuple(n.name for n in leaving), frozenset(moved)),
+        "boundaries": Boundaries(entering.name, value_of(entering), tuple(n.name for n in leaving), frozenset(moved)),
         "single_row": shape_of(entering)[:2] == ("1", "1"),
     }
 
@@ -98,3 +99,15 @@ def _check_dominance(flow: nx.DiGraph, entering: Node, leaving: list[Node], laye
                 f"{layer}: exits are not possible there. Pass options={{'fallback': 'inductor'}} to compile without "
                 "them."
             )
+
+
+def _check_not_overwritten(owner: dict[Node, int], stream: list[Node], layers: Layers) -> None:
+    writes = [(n, storage_of(a)) for n in owner if owner[n] < len(layers) for a in mutated_arguments(n)]
+    for layer, state in enumerate(stream):
+        for node, storage in writes:
+            if owner[node] >= layer and storage == storage_of(state):
+                raise BoundaryNotUniqueError(
+                    f"layer {owner[node]} of {layers.prefix!r} overwrites the hidden state that it is given "
+                    f"({node.name}), so no token's state can be kept there. Pass options={{'fallback': 'inductor'}} to "
+                    "compile without exits."
+                )

@@ -38,11 +38,10 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
         )
     prefix, members = max(ordered.items(), key=lambda item: sum(map(len, item[1].values())))
     indices = sorted(members)
-    expected = plan.settings.expected_layers or len(indices)
-    if indices != list(range(expected)):
+    if indices != list(range(len(indices))):
         raise LayersSplitError(
-            f"this graph holds layers {indices[0]} to {indices[-1]} of {prefix!r}, {len(indices)} of {expected}: a "
-            "graph break cuts the model. Find it with TORCH_LOGS=graph_breaks and remove it, or pass "
+            f"this graph holds layers {indices[0]} to {indices[-1]} of {prefix!r}, {len(indices)} in all: a graph "
+            "break cuts the model. Find it with TORCH_LOGS=graph_breaks and remove it, or pass "
             "options={'fallback': 'inductor'}."
         )
     starts = tuple(nodes[members[i][0]].name for i in indices)

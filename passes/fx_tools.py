@@ -151,7 +151,7 @@ def structure_key(gm: GraphModule) -> str:
     """A digest that two graphs share exactly when one compiled artefact can serve both.
 
     Covers operators, wiring, constants, and the shape, stride, dtype and device of every placeholder, with symbols
-    renamed in the order in which they appear. Node names and metadata do not count.
+    renamed in the order in which they appear (their hints count). Node names and metadata do not count.
     """
     symbols: dict[str, str] = {}
     numbers: dict[Node, int] = {}
@@ -168,7 +168,7 @@ def structure_key(gm: GraphModule) -> str:
             else ()
         ):
             text = text.replace(symbol, symbols.setdefault(symbol, f"<{len(symbols)}>"))
-        return text
+        return f"{text}={expr.node.hint}" if isinstance(expr, torch.SymInt) else text
 
     def describe(value: object) -> str:
         if isinstance(value, torch.Tensor):

@@ -29,7 +29,7 @@ def find_kv_sources(graph: Graph, hidden: Node, num_layers: int) -> list[Node]:
     if not sources:
         attention = [n for n in graph.nodes if n.target is _ATTENTION]
         sources = {data: None for node in attention for data in node.args[1:3] if data in dependent}
-    if len(sources) < 2 * num_layers:
+    if len(sources) != 2 * num_layers or any(len(shape_of(s)) != 4 for s in sources):
         raise KVNotFoundError(
             f"kv_cache_strategy='zero_pad' needs the keys and values of {num_layers} layers and found {len(sources)} "
             f"of {2 * num_layers} in this graph. Use kv_cache_strategy='propagate', or load the model with "

@@ -10,7 +10,17 @@ from torch.fx import GraphModule
 
 
 def place_checkpoints(gm: GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """See ``checkpoint_layers``; the graph itself does not matter."""
+    """See ``checkpoint_layers``.
+
+    Raises:
+        CheckpointError: the routers are for another number of layers, or none falls on a permitted layer.
+    """
+    expected = plan.settings.expected_layers
+    if expected not in (None, len(plan.layers)):
+        raise CheckpointError(
+            f"the routers are for a model of {expected} layers and this one has {len(plan.layers)}. "
+            "Calibrate this model."
+        )
     cuts, checkpoints = checkpoint_layers(len(plan.layers), plan.settings)
     return {"cuts": cuts, "checkpoints": checkpoints}
 

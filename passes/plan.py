@@ -15,7 +15,6 @@ from torch.fx import GraphModule
 HIDDEN = "tide_hidden"  # [B, S, H] residual stream after the latest segment
 ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are padding
 LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
-SCORE = "tide_score"  # [B, S] fp32 router scores at the latest checkpoint
 COUNTS = "tide_counts"  # [2] int64, rows leaving now and rows still active after that
 OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
 THRESHOLD = "tide_threshold"  # [] fp32
@@ -67,10 +66,12 @@ class Layers:
 class Boundaries:
     """Node names of the residual stream [B, S, H]: what enters layer 0, and what each layer hands on.
 
-    ``hoisted`` names nodes inside layers that depend on no hidden state and are shared by several layers.
+    ``entering_value`` is the fake value of the first. ``hoisted`` names nodes inside layers that depend on no hidden
+    state and are shared by several layers.
     """
 
     entering: str
+    entering_value: torch.Tensor
     leaving: tuple[str, ...]
     hoisted: frozenset[str] = frozenset()
 
@@ -87,7 +88,7 @@ class Padding:
 class Plan:
     """Everything the analyses found; the rewrites read it and change nothing in it."""
 
-    settings: Settings
+    settings: Settings | None = None
     layers: Layers | None = None
     boundaries: Boundaries | None = None
     padding: Padding | None = None

@@ -27,13 +27,14 @@ class PassEvent:
 
 
 def run(
-    gm: GraphModule, settings: Settings, observer: Callable[[PassEvent], None] | None = None
+    gm: GraphModule, settings: Callable[[], Settings], observer: Callable[[PassEvent], None] | None = None
 ) -> tuple[Program, Plan]:
     """Analyse and rewrite a Dynamo graph.
 
     Args:
         gm: the graph of one forward pass of a decoder, as Dynamo hands it to a backend.
-        settings: what to build.
+        settings: says what to build; asked when the graph is known to be a whole decoder, because only then can
+            its parameters tell which routers are its own.
         observer: called after every pass.
 
     Returns:
@@ -42,16 +43,18 @@ def run(
     Raises:
         TideError: one of the named errors of ``passes.errors``.
     """
-    from tide_compile.passes import ANALYSES, REWRITES
+    from tide_compile.passes import ANALYSES, PLACEMENT, REWRITES
 
-    plan, program = Plan(settings), gm
-    for step in (*ANALYSES, *REWRITES):
+    plan, program = Plan(), gm
+    for step in (*ANALYSES, *PLACEMENT, *REWRITES):
         started, before = time.perf_counter(), _count(program)
-        if step in ANALYSES:
-            plan = replace(plan, **step(gm, plan))
-        else:
+        if step in REWRITES:
             program = step(program, plan)
-            verify(program, after=step.__name__)
+        else:
+            if step in PLACEMENT:
+                plan = replace(plan, settings=settings())
+            plan = replace(plan, **step(gm, plan))
+        verify(program, after=step.__name__)
         if observer is not None:
             seconds = time.perf_counter() - started
             observer(PassEvent(step.__name__, seconds, before, _count(program), plan, program))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from tide_compile.kernels import project, route  # noqa: F401  (defines the ops)
+from tide_compile.passes.errors import CheckpointError
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.plan import (
     ACTIVE,
@@ -11,7 +14,6 @@ from tide_compile.passes.plan import (
     HIDDEN,
     LEAVE,
     OUT,
-    SCORE,
     THRESHOLD,
     Piece,
     Plan,
@@ -24,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 def splice_routers(program: Program, plan: Plan) -> Program:
     """Append the decision to each checkpoint's segment.
 
-    Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, threshold, router) -> h', score, leave, active',
+    Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, threshold, router) -> h', leave, active',
     counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active]``. With exit
     projections, one more piece per checkpoint: ``project(h, leave, out, W, b) -> out'``.
 
@@ -50,6 +52,11 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
     output = graph.output_node()
     hidden = output.args[0][piece.outputs.index(HIDDEN)]
     like = value_of(hidden)
+    if settings.norm_weight.numel() != like.shape[-1]:
+        raise CheckpointError(
+            f"the routers are for hidden size {settings.norm_weight.numel()} and this model has {like.shape[-1]}. "
+            "Calibrate this model."
+        )
     active = add_placeholder(graph, ACTIVE, like.new_empty(like.shape[:2], dtype=torch.bool))
     threshold = add_placeholder(graph, THRESHOLD, like.new_empty((), dtype=torch.float32))
     parts = [name.rsplit(".", 1)[-1] for name in tensors]
@@ -65,15 +72,15 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
         )  # fmt: skip
         score_value = like.new_empty(like.shape[:2], dtype=torch.float32)
         routed.meta["example_value"] = (score_value, score_value > 0)
-        score, leave = call(graph, _getitem, routed, 0), call(graph, _getitem, routed, 1)
+        leave = call(graph, operator.getitem, routed, 1)
         remaining = call(graph, torch.logical_and, active, call(graph, torch.logical_not, leave))
         counts = call(graph, torch.stack, [call(graph, torch.sum, leave), call(graph, torch.sum, remaining)])
-    output.args = ((*output.args[0], score, leave, remaining, counts),)
+    output.args = ((*output.args[0], leave, remaining, counts),)
     piece.graph.recompile()
     return Piece(
         piece.graph,
         (*piece.inputs, ACTIVE, THRESHOLD, *tensors),
-        (*piece.outputs, SCORE, LEAVE, ACTIVE, COUNTS),
+        (*piece.outputs, LEAVE, ACTIVE, COUNTS),
     )
 
 
@@ -100,7 +107,3 @@ def _projection(segment: Piece, layer: int, weight: torch.Tensor, bias: torch.Te
 def _fake_like(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """A fake tensor of the mode of ``fake`` with the metadata of ``real``."""
     return fake.new_empty(real.shape, dtype=real.dtype)
-
-
-def _getitem(pair: tuple, index: int) -> object:
-    return pair[index]

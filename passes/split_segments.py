@@ -64,7 +64,12 @@ def _mark_active(prologue: Piece, plan: Plan) -> Piece:
     """Let the prologue also return which tokens are no padding, [B, S] bool."""
     graph, inputs = prologue.graph.graph, prologue.inputs
     output = graph.output_node()
-    hidden = output.args[0][prologue.outputs.index(HIDDEN)]
+    outputs = prologue.outputs
+    if HIDDEN not in outputs:  # the caller gave embeddings: an argument enters layer 0 as it is
+        entering = add_placeholder(graph, plan.boundaries.entering, plan.boundaries.entering_value)
+        output.args = ((*output.args[0], entering),)
+        inputs, outputs = (*inputs, plan.boundaries.entering), (*outputs, HIDDEN)
+    hidden = output.args[0][outputs.index(HIDDEN)]
     if plan.padding is not None and plan.padding.name not in inputs:
         add_placeholder(graph, plan.padding.name, plan.padding.value)
         inputs = (*inputs, plan.padding.name)
@@ -77,7 +82,7 @@ def _mark_active(prologue: Piece, plan: Plan) -> Piece:
             active = call(graph, "expand_as", _visible(graph, mask, rows), rows)
     output.args = ((*output.args[0], active),)
     prologue.graph.recompile()
-    return Piece(prologue.graph, inputs, (*prologue.outputs, ACTIVE))
+    return Piece(prologue.graph, inputs, (*outputs, ACTIVE))
 
 
 def _visible(graph: Graph, mask: Node, rows: Node) -> Node:

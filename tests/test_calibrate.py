@@ -177,8 +177,8 @@ def test_texts(tmp_path):
     assert len(list(calibration_texts("pydoc", 7))) == 7
     assert list(calibration_texts(["a", "", "b", "c"], 2)) == ["a", "b"]
     long = "words " * 30
-    (tmp_path / "t.txt").write_text(f"{long}\nshort\n{long}\n")
-    assert list(calibration_texts(str(tmp_path / "t.txt"), 9)) == [long.strip()] * 2
+    (tmp_path / "t.txt").write_text(f"{long}\n\nshort\n\n" + "wrapped at a few columns\n" * 6)
+    assert [len(t) for t in calibration_texts(str(tmp_path / "t.txt"), 9)] == [len(long.strip()), 6 * 25 - 1]
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": long}) + "\n")
     assert list(calibration_texts(tmp_path / "t.jsonl", 9)) == [long.strip()]
     (tmp_path / "u.jsonl").write_text(json.dumps({"body": long}) + "\n")

@@ -79,6 +79,10 @@ def settings(layers=(), **changes):
     return bank.settings(config, torch.device("cpu"), torch.float32)
 
 
+def passes(gm, chosen, observer=None):
+    return run(gm, lambda: chosen, observer)
+
+
 def decode_graph(batch, name="rmsnorm-rope-gqa", model=None):
     """The graph of one decoded token with an initialised static cache."""
     model = model or tiny(name)
@@ -96,7 +100,7 @@ def count(piece, target):
 
 def test_layers_and_boundaries():
     gm = decode_graph(1)
-    program, plan = run(gm, settings())
+    program, plan = passes(gm, settings())
     assert len(plan.layers) == LAYERS
     assert plan.layers.prefix.endswith("model.layers")
     assert len(set(plan.boundaries.leaving)) == LAYERS
@@ -110,29 +114,38 @@ def test_nested_lists_are_not_layers():
     for layer in model.layers:
         layer.linear = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     (gm,) = capture(model, torch.ones(2, 3, dtype=torch.long))
-    _, plan = run(gm, settings())
+    _, plan = passes(gm, settings())
     assert len(plan.layers) == 3
 
 
 def test_no_layers():
     (gm,) = capture(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 3, 4))
     with pytest.raises(LayersNotFoundError, match="fallback"):
-        run(gm, settings())
+        passes(gm, settings())
 
 
 def test_layers_in_two_graphs():
     first, second = capture(Stack("break"), torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(LayersSplitError, match="TORCH_LOGS=graph_breaks"):
-        run(first, settings())
+        passes(first, settings())
     with pytest.raises(LayersSplitError, match="layers 2 to 3"):
-        run(second, settings())
+        passes(second, settings())
+
+
+def test_hidden_state_that_is_overwritten():
+    """A layer that adds in place destroys the state that a skipped token keeps."""
+    model = Stack()
+    model.layers[2].forward = lambda x: x.add_(1)
+    (gm,) = capture(model, torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(BoundaryNotUniqueError, match="layer 2 .* overwrites"):
+        passes(gm, settings())
 
 
 def test_boundary_that_can_be_bypassed():
     """A connection from layer 0 to layer 3 would still be read when layers 1 and 2 are skipped."""
     (gm,) = capture(Stack("skip"), torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(BoundaryNotUniqueError, match="after layer 1"):
-        run(gm, settings())
+        passes(gm, settings())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +169,7 @@ def test_checkpoints(n, interval, minimum, cuts, checkpoints):
 
 def test_fill_keeps_only_keys_and_values():
     """Attention, its output projection and the MLP must be gone: they are what an exit saves."""
-    program, _ = run(decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1))
+    program, _ = passes(decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1))
     with pytest.raises(KeyError):
         program.pieces["segment_0.fill"]
     full, fill = program.pieces["segment_1"], program.pieces["segment_1.fill"]
@@ -168,7 +181,9 @@ def test_fill_keeps_only_keys_and_values():
 
 
 def test_zero_pad_fill_needs_no_weights():
-    program, _ = run(decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1, kv_cache_strategy="zero_pad"))
+    program, _ = passes(
+        decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1, kv_cache_strategy="zero_pad")
+    )
     assert count(program.pieces["segment_1.fill"], "index_copy_") == 4
     assert not [n for n in program.pieces["segment_1.fill"].inputs if "norm" in n or "mlp" in n]
 
@@ -180,11 +195,11 @@ def test_zero_pad_without_known_attention():
     ids, _ = prompt(2)
     (gm,) = capture(model, ids, use_cache=False)
     with pytest.raises(KVNotFoundError, match="sdpa"):
-        run(gm, settings([0], kv_cache_strategy="zero_pad"))
+        passes(gm, settings([0], kv_cache_strategy="zero_pad"))
 
 
 def test_router_and_mask_are_spliced_where_they_belong():
-    program, plan = run(decode_graph(2), settings([1], checkpoint_interval=2, min_layers=1))
+    program, plan = passes(decode_graph(2), settings([1], checkpoint_interval=2, min_layers=1))
     assert plan.checkpoints == (1,)
     router, rest = program.pieces["segment_0"], program.pieces["segment_1"]
     assert count(router, torch.ops.tide.route.default) == 1 and LEAVE in router.outputs
@@ -196,15 +211,15 @@ def test_router_and_mask_are_spliced_where_they_belong():
 
 
 def test_single_row_needs_no_mask():
-    program, _ = run(decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1))
+    program, _ = passes(decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1))
     assert not [n for n in program.pieces if n.endswith(".masked")]
 
 
 def test_twins_share_a_key_and_look_alikes_do_not():
-    program, _ = run(decode_graph(1), settings())
+    program, _ = passes(decode_graph(1), settings())
     keys = [structure_key(program.pieces[f"segment_{i}"].graph) for i in range(LAYERS)]
     assert len(set(keys)) == 1
-    sliding, _ = run(decode_graph(1, "sliding-window"), settings())
+    sliding, _ = passes(decode_graph(1, "sliding-window"), settings())
     keys = [structure_key(sliding.pieces[f"segment_{i}"].graph) for i in range(LAYERS)]
     assert keys[0] == keys[2] and keys[0] != keys[1]
     gm = program.pieces["segment_0"].graph
@@ -232,7 +247,7 @@ def test_liveness_follows_memory():
 
 
 def test_verifier():
-    program, _ = run(decode_graph(1), settings())
+    program, _ = passes(decode_graph(1), settings())
     pieces = dict(program.pieces)
     piece = pieces["segment_1"]
     pieces["segment_1"] = Piece(piece.graph, ("nowhere", *piece.inputs[1:]), piece.outputs)
@@ -242,7 +257,7 @@ def test_verifier():
 
 def test_observer_sees_every_pass():
     events = []
-    run(decode_graph(1), settings([0]), events.append)
+    passes(decode_graph(1), settings([0]), events.append)
     names = [e.name for e in events]
     assert names[0] == "find_layers" and names[-1] == "mask_rows"
     split = next(e for e in events if e.name == "split_segments")

@@ -78,8 +78,8 @@ def test_nan_never_exits():
     options = {"router": bank, "exit_threshold": 0.0, "lowering": "eager", **SETTINGS}
     compiled = torch.compile(model, backend="tide", options=options)
     with torch.no_grad(), tide_compile.record_exits(per_token=True) as stats:
-        compiled(torch.tensor([[7, 5]]), use_cache=False)
-    assert stats.exit_layers[0].tolist() == [[1, LAYERS - 1]]
+        compiled(torch.tensor([[7], [5]]), use_cache=False)
+    assert stats.exit_layers[0].tolist() == [[1], [LAYERS - 1]]
 
 
 @pytest.mark.parametrize("cache", CACHES)

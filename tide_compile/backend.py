@@ -16,7 +16,7 @@ from tide_compile.executor import Executor
 from tide_compile.lowering import compile_whole, lower
 from tide_compile.passes.plan import Settings
 from tide_compile.passes.run import PassEvent, run
-from tide_compile.registry import find_bank
+from tide_compile.registry import find_bank, version_of
 
 log = logging.getLogger("tide_compile")
 generate_guard.install()
@@ -50,14 +50,16 @@ def tide_backend(
         )
     settings_for = functools.partial(_settings, config, router)
     try:
-        program, plan = run(gm, settings_for(example_inputs), _log_event)
+        program, plan = run(gm, functools.partial(settings_for, example_inputs), _log_event)
     except GraphError as error:
         if config.fallback is None:
             raise
         log.warning("TIDE is off for this graph, plain Inductor is used: %s", error)
         return compile_whole(gm, example_inputs, mode)
     runnables = lower(program, config.lowering, mode)
-    return Executor(program, plan, runnables, config.exit_threshold, example_inputs, settings_for)
+    log.info("%d layers, exits after layers %s", len(plan.layers), list(plan.checkpoints) or "none")
+    version = functools.partial(version_of, router)
+    return Executor(program, plan, runnables, config.exit_threshold, example_inputs, settings_for, version)
 
 
 def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:

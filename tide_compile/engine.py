@@ -16,7 +16,7 @@ from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
 
 _SMALLEST_CACHE = 256  # tokens; below that a longer cache costs nothing measurable and saves a recompilation
-_OTHER_CACHE = ("past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
+_OTHER_CACHE = ("cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 
 
 class TIDE:
@@ -51,10 +51,16 @@ class TIDE:
             options["router"] = resolve_bank(router_path, model)
         if mode is not None:
             options["mode"] = mode
-        # fullgraph: a graph break or too many recompilations are errors, not layers that run in full unnoticed
-        self._compiled = torch.compile(model, backend="tide", options=options, fullgraph=self.config.fallback is None)
+        self._compiled = torch.compile(
+            model,
+            backend="tide",
+            options=options,
+            fullgraph=self.config.fallback is None,  # else a break, or too many recompilations, would go unnoticed
+            isolate_recompiles=True,
+        )
         self.model = routed_through(self._compiled, self._forward)
         self.model._prepare_static_cache = self._static_cache
+        self.model.generate = self._generate
         self._cache: StaticCache | None = None
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
@@ -75,11 +81,7 @@ class TIDE:
             kwargs |= {"temperature": None, "do_sample": False}
         if kwargs.get("use_cache") is not False and not any(kwargs.get(n) is not None for n in _OTHER_CACHE):
             kwargs["cache_implementation"] = "static"
-        with self._lock, record_exits() as self.last_stats:
-            result = self.model.generate(input_ids, **kwargs)
-            if not isinstance(result, Tensor):
-                self._cache = None  # handed to the caller in result.past_key_values
-        return result
+        return self._generate(input_ids, **kwargs)
 
     @staticmethod
     def calibrate(*args: object, **kwargs: object) -> RouterBank:
@@ -87,6 +89,14 @@ class TIDE:
         from tide_compile.calibrate import calibrate
 
         return calibrate(*args, **kwargs)
+
+    def _generate(self, *args: object, **kwargs: object) -> object:
+        """``generate`` of the twin: one call at a time, because there is one cache."""
+        with self._lock, record_exits() as self.last_stats:
+            result = type(self.model).generate(self.model, *args, **kwargs)
+            if not isinstance(result, Tensor):
+                self._cache = None  # the caller has got it, in the result
+        return result
 
     def _forward(self, *args: object, **kwargs: object) -> object:
         _mark_prompt_length(kwargs)
@@ -101,10 +111,11 @@ class TIDE:
             cache.reset()
             return cache
         length = max(_SMALLEST_CACHE, 1 << (max_cache_len - 1).bit_length())
-        self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
         shape = self.model._get_static_cache_init_shape()
-        if shape is not None:
-            self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
+        with torch.inference_mode(False):  # an inference tensor could not be reset outside of inference mode
+            self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
+            if shape is not None:
+                self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
         return self._cache
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from tide_compile.errors import RouterMismatchError
 from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, Plan, Program, Settings
-from tide_compile.stats import PADDING, ExitStats, active_recorders
+from tide_compile.stats import PADDING, active_recorders
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,9 @@ class Executor:
     * some have: the masked segment, in which exited rows keep their frozen state;
     * nobody is left: the K/V slices of the remaining segments, then the epilogue.
 
-    Dynamo runs the code of one model for any other of the same shape. So routers are looked up again (once) for a
-    model that was not seen before, by the identity of its first parameter.
+    Dynamo runs the code of one model for any other of the same shape, and for the same model when it has got new
+    routers. So routers are looked up again for a model that was not seen before (by the identity of three of its
+    parameters), and when their version changes.
 
     Args:
         program: the pieces' inputs and outputs by name.
@@ -58,6 +59,7 @@ class Executor:
         threshold: the exit threshold, 0..1.
         example_inputs: of the graph; the routers in ``program`` belong to the model they come from.
         settings_for: finds the settings for the inputs of another model.
+        version: of the routers; looked at on every call.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Executor:
         threshold: float,
         example_inputs: Sequence[object],
         settings_for: Callable[[Sequence[object]], Settings],
+        version: Callable[[], object],
     ) -> None:
         self.plan = plan
         names = [*program.arguments, *program.constants, THRESHOLD]
@@ -94,10 +97,13 @@ class Executor:
         )
         self._hidden, self._active, self._out = slots[HIDDEN], slots[ACTIVE], slots[OUT]
         self._leave, self._counts = slots[LEAVE], slots[COUNTS]
-        self._names, self._threshold, self._settings_for = tuple(program.constants), threshold, settings_for
+        self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
+        self._threshold, self._settings_for = threshold, settings_for
         self._empty = len(slots) - len(program.arguments) - len(program.constants) - 1
-        self._anchor = next((i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)), None)
-        self._constants: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)]
+        self._anchors = [parameters[i] for i in {0, len(parameters) // 2, len(parameters) - 1}] if parameters else []
+        self._version_of, self._version = version, version()
+        self._bound: list[tuple[list[weakref.ref], list]] = []
         self._bind(example_inputs, program.constants)
         self._results = tuple((slots[r], None) if isinstance(r, str) else (None, r) for r in program.results)
 
@@ -128,29 +134,36 @@ class Executor:
             env[self._hidden] = torch.where(env[self._active].unsqueeze(-1), env[self._hidden], env[self._out])
         self._epilogue(env)
         for recorder in recorders:
-            _record(recorder, self.plan, exits, valid if remaining is None else remaining, trace)
+            recorder.add(len(self.plan.layers), exits, valid if remaining is None else remaining)
+            if recorder.per_token:
+                recorder.exit_layers.append(trace.layers)
         return tuple(value if slot is None else env[slot] for slot, value in self._results)
 
     def _bind(self, arguments: Sequence[object], constants: dict[str, torch.Tensor]) -> list:
         device = next((t.device for t in constants.values()), "cpu")
         threshold = torch.tensor(self._threshold, dtype=torch.float32, device=device)
         tail = [*constants.values(), threshold, *[None] * self._empty]
-        if self._anchor is not None:
-            self._constants[arguments[self._anchor]] = tail
+        self._bound.append(([weakref.ref(arguments[i]) for i in self._anchors], tail))
         return tail
 
     def _constants_of(self, arguments: Sequence[object]) -> list:
-        known = None if self._anchor is None else self._constants.get(arguments[self._anchor])
-        if known is not None or not self._names:
-            return known or self._bind(arguments, {})
-        settings = self._settings_for(arguments)
+        if not self._constants:
+            return self._bound[0][1]
+        version = self._version_of()
+        if version != self._version:
+            self._bound, self._version = [], version
+        for references, tail in self._bound:
+            if all(ref() is arguments[i] for ref, i in zip(references, self._anchors, strict=True)):
+                return tail
+        settings, compiled = self._settings_for(arguments), self.plan.settings
         layers = [layer for layer in self.plan.checkpoints if layer in settings.routers]
         found = {name: tensor for layer in layers for name, tensor in settings.constants(layer).items()}
-        if tuple(found) != self._names:
+        alike = (settings.norm_eps, settings.layer_norm) == (compiled.norm_eps, compiled.layer_norm)
+        if not alike or {n: (t.shape, t.dtype) for n, t in found.items()} != self._constants:
             raise RouterMismatchError(
-                f"this code was compiled for routers after layers {list(self.plan.checkpoints)}, and another model of "
-                f"the same shape runs it with routers after layers {sorted(settings.routers)}. Compile each with its "
-                "own options={'router': ...}."
+                f"this code was compiled for routers after layers {list(self.plan.checkpoints)}, and now there are "
+                f"others (after layers {sorted(settings.routers)}, or of another size or norm) for this model or another "
+                "of the same shape. Compile each with its own options={'router': ...}, or call torch._dynamo.reset()."
             )
         return self._bind(arguments, found)
 
@@ -164,14 +177,6 @@ class _Trace:
 
     def leave(self, layer: int, rows: torch.Tensor) -> None:
         self.layers = torch.where(rows, layer, self.layers)
-
-
-def _record(
-    stats: ExitStats, plan: Plan, exits: dict[int, int], remaining: int | torch.Tensor, trace: _Trace | None
-) -> None:
-    stats.add(len(plan.layers), exits, remaining)
-    if stats.per_token and trace is not None:
-        stats.exit_layers.append(trace.layers)
 
 
 def _reader(slots: list[int]) -> Callable[[list], tuple]:

@@ -44,9 +44,7 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
         model = compiled._orig_mod
         twin = compiled.__dict__[_TWIN] = copy.copy(model)
         twin._compiled_call_impl = call or compiled.__call__
-        if getattr(model, "generation_config", None) is not None:
-            twin.generation_config = copy.deepcopy(model.generation_config)
-            twin.generation_config.disable_compile = True
+        twin._valid_auto_compile_criteria = lambda *_: False
     return compiled.__dict__[_TWIN]
 
 

@@ -35,6 +35,8 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     """
     if lowering == "eager":
         return {name: piece.graph for name, piece in program.pieces.items()}
+    import torch.utils.cpp_extension
+
     patches = torch._inductor.list_mode_options(mode) if mode else {}
     compiled: dict[str, Runnable] = {}
     runnables = {}

@@ -106,7 +106,8 @@ def _zeroing(reference: Reference):
         if reference.exited is None or not reference.exited.any():
             return None
         arguments = call_arguments(module, args, kwargs)
-        name = next(n for n in inspect.signature(module.forward).parameters if "past" in n)
+        names = inspect.signature(module.forward).parameters
+        name = next(n for n in names if n == "cache" or "past" in n)  # transformers 5.24 renamed it
         return (), {**arguments, name: _ZeroingCache(arguments.get(name), reference.exited)}
 
     return hook

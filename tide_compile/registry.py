@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from tide_compile.fingerprint import fingerprint
 from tide_compile.routers import RouterBank
 
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_attachments = 0
 
 
 def attach(model: nn.Module, bank: RouterBank) -> None:
@@ -22,6 +24,8 @@ def attach(model: nn.Module, bank: RouterBank) -> None:
 
     The tie is to the model's Parameter objects, held weakly: nothing is written onto the model, and it goes with it.
     """
+    global _attachments
+    _attachments += 1
     for parameter in model.parameters():
         _attached[parameter] = bank
 
@@ -46,9 +50,14 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
         if bank.fingerprint is not None and not any(_attached.get(p) is bank for p in parameters):
             _check(bank, fingerprint(parameters), router)
         return bank
-    for parameter in parameters:
-        if parameter in _attached:
-            return _attached[parameter]
+    banks = {id(bank): bank for bank in (_attached.get(p) for p in parameters) if bank is not None}
+    if len(banks) > 1:
+        raise RouterMismatchError(
+            f"{len(banks)} router banks are attached to parameters of this model (it shares some with another one). "
+            "Say which to use with options={'router': ...}."
+        )
+    if banks:
+        return next(iter(banks.values()))
     mark = fingerprint(parameters)
     cached = router_cache() / f"{mark}.safetensors"
     if cached.is_file():
@@ -57,6 +66,14 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
         "this model has no routers. Make them once with tide_compile.calibrate(model, tokenizer), or pass "
         f"options={{'router': path}}, or exit_threshold=1.0 to run without exits. (Looked for {cached}.)"
     )
+
+
+def version_of(router: str | Path | RouterBank | None) -> object:
+    """Changes when ``find_bank`` may give another answer: a new attachment, a file written anew."""
+    if isinstance(router, str | Path):
+        status = os.stat(router)
+        return status.st_mtime_ns, status.st_ino
+    return _attachments if router is None else None
 
 
 def resolve_bank(router: str | Path | RouterBank | None, model: nn.Module) -> RouterBank:

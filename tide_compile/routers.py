@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tide_compile.config import TIDEConfig
-from tide_compile.errors import ConfigError, RouterFileError
+from tide_compile.errors import ConfigError, NoRouterError, RouterFileError
 from tide_compile.files import write_tensors
 from tide_compile.fingerprint import fingerprint
 from tide_compile.passes.plan import Settings
@@ -121,7 +121,14 @@ class RouterBank:
                 "exit_strategy='affine' needs projections and these routers have none: calibrate with "
                 "exit_strategy='affine'."
             )
+        if not self.routers:
+            raise NoRouterError(
+                "this bank holds no routers. Calibrate, or pass exit_threshold=1.0 to run without exits."
+            )
         affine = self.projections and config.exit_strategy != "identity"
+        missing = sorted(set(self.routers) - set(self.projections)) if affine else []
+        if missing:
+            raise RouterFileError(f"these routers lack the exit projections of layers {missing}. Calibrate again.")
         return config.settings(
             routers={
                 layer: {n.split(".")[0]: t.detach().to(device) for n, t in router.state_dict().items()}
@@ -178,9 +185,9 @@ class RouterBank:
             return _load_reference(path, model)
         try:
             with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("tide", "{}"))
+                header = dict(json.loads((file.metadata() or {}).get("tide", "{}")))
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        except (SafetensorError, ValueError, TypeError, OSError) as error:
             raise RouterFileError(f"{str(path)!r} is not a readable router file ({error}). Calibrate again.") from error
         if header.get("format") != FORMAT:
             raise RouterFileError(
@@ -189,7 +196,7 @@ class RouterBank:
             )
         try:
             return cls._from_tensors(tensors, header)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a file of the right format but the wrong content leads to
             raise RouterFileError(
                 f"{str(path)!r} lacks a part or has one of the wrong shape ({error}). Calibrate again."
             ) from error

@@ -20,8 +20,8 @@ def calibration_texts(source: str | Path | Iterable[str], limit: int) -> Iterato
     """Yield up to ``limit`` texts, one at a time.
 
     Args:
-        source: ``"pydoc"``, the path of a local ``.txt`` (lines) or ``.jsonl`` file (column ``text``), the name of a
-            Hugging Face data set (streamed; ``"wikitext"`` is WikiText-103), or the texts themselves.
+        source: ``"pydoc"``, the path of a local ``.txt`` (paragraphs) or ``.jsonl`` file (column ``text``), the name of
+            a Hugging Face data set (streamed; ``"wikitext"`` is WikiText-103), or the texts themselves.
         limit: number of texts.
 
     Raises:
@@ -65,7 +65,7 @@ def _local(path: Path) -> Iterator[str]:
     if path.suffix in (".jsonl", ".json"):
         rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
     else:
-        rows = load_dataset("text", data_files=str(path), split="train", streaming=True)
+        rows = load_dataset("text", data_files=str(path), split="train", streaming=True, sample_by="paragraph")
     return _long_enough(rows)
 
 
