@@ -95,14 +95,16 @@ def test_generation_arguments(model, bank):
     rows = engine.generate(ids, **{**GENERATE, "do_sample": True}, num_return_sequences=3)
     assert rows.shape[0] == 3
     result = engine.generate(ids, **GENERATE, return_dict_in_generate=True)
-    kept = result.past_key_values.layers[0].keys.clone()
+    cache = result["cache"] if "cache" in result else result["past_key_values"]  # renamed in transformers 5.24
+    kept = cache.layers[0].keys.clone()
     engine.generate(prompt(1, 5)[0], **GENERATE)
-    assert torch.equal(result.past_key_values.layers[0].keys, kept)  # the caller's cache is the caller's
+    assert torch.equal(cache.layers[0].keys, kept)  # the caller's cache is the caller's
 
 
 def test_the_model_is_left_alone(model, bank):
     def attributes():
-        return {n: v for n, v in model.__dict__.items() if n != "_is_torch_compile"}  # set by any torch.compile
+        copies = {n: dict(v) if isinstance(v, dict) else v for n, v in model.__dict__.items()}
+        return {n: v for n, v in copies.items() if n != "_is_torch_compile"}  # set by any torch.compile
 
     before = set(model.state_dict()), attributes()
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
@@ -137,8 +139,9 @@ def test_the_trap(model, bank):
     with tide_compile.record_exits() as stats:
         out = compiled.generate(prompt(1)[0], cache_implementation="static", **GENERATE)
     del compiled
-    with tide_compile.record_exits():
+    with tide_compile.record_exits() as stats:
         torch.compile(model, backend="tide", options=options).generate(prompt(1)[0], **GENERATE)  # held by nobody
+    assert stats.exit_rate == 1
     assert stats.total_tokens == 9 + 5 and stats.exit_rate == 1
     stock = torch.compile(model, backend="eager")
     with tide_compile.record_exits() as stats:
@@ -174,8 +177,8 @@ def test_fallback_is_asked_for_and_logged(caplog):
     net = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with torch.no_grad():
         with pytest.raises(LayersNotFoundError):
-            torch.compile(net, backend="tide", options={"exit_threshold": 1.0})(torch.ones(2, 4))
-        options = {"exit_threshold": 1.0, "fallback": "inductor"}
+            torch.compile(net, backend="tide")(torch.ones(2, 4))
+        options = {"fallback": "inductor"}
         with caplog.at_level(logging.WARNING, "tide_compile"):
             out = torch.compile(net, backend="tide", options=options)(torch.ones(2, 4))
     assert_close(out, net(torch.ones(2, 4)).detach())
@@ -215,6 +218,71 @@ def test_threads_have_their_own_statistics(model, bank):
     for thread in threads:
         thread.join()
     assert totals == [9, 9, 9]
+
+
+def test_generate_from_threads(model, bank):
+    """There is one cache: calls that ran at once would write over each other's keys."""
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))
+    prompts = [prompt(1, length)[0] for length in (5, 7, 9, 11)]
+    want = [engine.generate(p, **GENERATE) for p in prompts]
+    got = {}
+    threads = [
+        threading.Thread(target=lambda i=i, p=p: got.update({i: engine.generate(p, **GENERATE)}))
+        for i, p in enumerate(prompts * 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], want[i % 4]) for i in range(8))
+
+
+def test_many_engines(model, bank):
+    """A sweep over thresholds must not run into Dynamo's limit of recompilations."""
+    for step in range(10):
+        engine = TIDE(model, bank, TIDEConfig(exit_threshold=step / 20, **SETTINGS))
+        engine(prompt(1)[0], use_cache=False)
+    assert engine.last_stats.total_tokens == 9
+
+
+def test_inference_mode_and_embeddings(model, bank):
+    """The cache survives a change of mode; embeddings in the place of ids are an input like any other."""
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))
+    ids, mask = prompt(1)
+    with torch.inference_mode():
+        out = engine.generate(ids, attention_mask=mask, **GENERATE)
+    assert torch.equal(engine.generate(ids, attention_mask=mask, **GENERATE), out)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    new = engine.generate(inputs_embeds=embeddings, attention_mask=mask, **GENERATE)
+    assert torch.equal(new, out[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_layers_are_not_run(model, bank, batch, monkeypatch):
+    """The promise: once every row has left, no later layer runs, in prompts, batches and decoding."""
+    from tide_compile import executor
+
+    ran = []
+    original = executor._Call.__call__
+    monkeypatch.setattr(executor._Call, "__call__", lambda self, env: (ran.append(self), original(self, env))[1])
+    built = []
+    monkeypatch.setattr(executor.Executor, "_bind", _noting(executor.Executor._bind, built))
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, min_layers=2, checkpoint_interval=1, lowering="eager"))
+    engine.generate(*prompt(batch)[:1], **GENERATE)
+    assert len({id(e) for e in built}) == 2  # prompt, decoding
+    for segments in (e._segments for e in built):
+        assert segments[0].plain in ran and segments[1].plain in ran
+        for segment in segments[2:]:
+            assert segment.fill in ran
+            assert segment.plain not in ran and (segment.masked is None or segment.masked not in ran)
+
+
+def _noting(method, seen):
+    def noting(self, *args):
+        seen.append(self)
+        return method(self, *args)
+
+    return noting
 
 
 def test_summary():

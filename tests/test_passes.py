@@ -137,7 +137,7 @@ def test_hidden_state_that_is_overwritten():
     model = Stack()
     model.layers[2].forward = lambda x: x.add_(1)
     (gm,) = capture(model, torch.ones(2, 3, dtype=torch.long))
-    with pytest.raises(BoundaryNotUniqueError, match="layer 2 .* overwrites"):
+    with pytest.raises(BoundaryNotUniqueError, match=r"layer 2 .* overwrites"):
         passes(gm, settings())
 
 

@@ -132,6 +132,81 @@ def test_ways_to_find_routers(tmp_path):
     assert run(other, **options).exit_rate == 1
 
 
+def forced(depth, seed=0):
+    """Routers that let every token leave after layer ``depth``: silu of something positive, times a large weight."""
+    bank = RouterBank.untrained(HIDDEN, LAYERS, layers=[0, 1, 2], seed=seed)
+    bank.norm = Norm(torch.zeros(HIDDEN), torch.ones(HIDDEN))
+    for layer, router in bank.routers.items():
+        router.down.weight.data.abs_()
+        router.up.weight.data.fill_(50.0 if layer >= depth else -50.0)
+    return bank
+
+
+def test_new_routers_take_effect(tmp_path):
+    """Equal options make Dynamo reuse the compiled code; it must not keep the routers of before."""
+    model = tiny("rmsnorm-rope-gqa")
+    options = {"exit_threshold": 0.5, "checkpoint_interval": 1}
+    for depth in (2, 1):
+        tide_compile.attach(model, forced(depth))
+        assert run(model, **options).mean_depth == depth + 1
+    for depth in (2, 0):
+        path = forced(depth).save(tmp_path / "r.safetensors")
+        assert run(model, router=str(path), **options).mean_depth == depth + 1
+
+
+def test_routers_of_another_kind_are_refused():
+    """The norm's eps is compiled in: a model of the same shape with another one must not run with the first."""
+    options = {"exit_threshold": 0.5, "checkpoint_interval": 1}
+    models = [tiny("rmsnorm-rope-gqa"), tiny("rmsnorm-rope-gqa", seed=1)]
+    for model, eps in zip(models, (1e-6, 1.0), strict=True):
+        bank = forced(1)
+        bank.norm.eps = eps
+        tide_compile.attach(model, bank)
+    assert run(models[0], **options).mean_depth == 2
+    with pytest.raises(RouterMismatchError, match="another size or norm"):
+        run(models[1], **options)
+
+
+def test_shared_parameters():
+    """Two models that share a tensor cannot both own it: which routers to use must be said."""
+    first, second = tiny("rmsnorm-rope-gqa"), tiny("rmsnorm-rope-gqa", seed=1)
+    second.model.embed_tokens.weight = first.model.embed_tokens.weight
+    tide_compile.attach(first, forced(1))
+    tide_compile.attach(second, forced(2))
+    with pytest.raises(RouterMismatchError, match="2 router banks"):
+        run(first, exit_threshold=0.5, checkpoint_interval=1)
+
+
+def test_banks_that_do_not_fit():
+    model = tiny("rmsnorm-rope-gqa")
+    options = {"exit_threshold": 0.5, "checkpoint_interval": 1}
+    cases = {
+        "hidden size 32 and this model has 64": RouterBank.untrained(32, LAYERS),
+        "a model of 9 layers": RouterBank.untrained(HIDDEN, 9),
+        "holds no routers": RouterBank.untrained(HIDDEN, LAYERS, layers=[]),
+        r"projections of layers \[1, 2\]": forced(0),
+    }
+    cases[r"projections of layers \[1, 2\]"].projections = {0: (torch.eye(HIDDEN), torch.zeros(HIDDEN))}
+    for message, bank in cases.items():
+        with pytest.raises(tide_compile.errors.TideError, match=message):
+            run(model, router=bank, **options)
+
+
+def test_scores_are_the_routers(tmp_path):
+    """The op that compiled code and reference share computes sigmoid(up(silu(down(norm(h)))))."""
+    model = tiny("layernorm-learned-positions")
+    bank = RouterBank.load(reference_file(tmp_path / "router.pt")[0], model=model)
+    h = torch.randn(2, 3, HIDDEN)
+    norm, router = bank.norm, bank.routers[1]
+    score, leave = torch.ops.tide.route(
+        h, torch.ones(2, 3, dtype=torch.bool), norm.weight, norm.bias, router.down.weight, router.up.weight,
+        torch.tensor(0.5), norm.eps, norm.layer_norm,
+    )  # fmt: skip
+    with torch.no_grad():
+        want = router(model.transformer.ln_f(h))
+    assert torch.allclose(score, want, atol=1e-4) and torch.equal(leave, score > 0.5)
+
+
 def test_attachment_goes_with_the_model():
     model = tiny("rmsnorm-rope-gqa")
     tide_compile.attach(model, RouterBank.untrained(HIDDEN, LAYERS))

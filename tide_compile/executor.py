@@ -162,8 +162,9 @@ class Executor:
         if not alike or {n: (t.shape, t.dtype) for n, t in found.items()} != self._constants:
             raise RouterMismatchError(
                 f"this code was compiled for routers after layers {list(self.plan.checkpoints)}, and now there are "
-                f"others (after layers {sorted(settings.routers)}, or of another size or norm) for this model or another "
-                "of the same shape. Compile each with its own options={'router': ...}, or call torch._dynamo.reset()."
+                f"others (after layers {sorted(settings.routers)}, or of another size or norm) for this model or "
+                "another of the same shape. Compile each with its own options={'router': ...}, or call "
+                "torch._dynamo.reset()."
             )
         return self._bind(arguments, found)
 
