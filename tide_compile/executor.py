@@ -150,7 +150,7 @@ class Executor:
         if not self._constants:
             return self._bound[0][1]
         version = self._version_of()
-        if version != self._version:
+        if version not in (None, self._version):
             self._bound, self._version = [], version
         for references, tail in self._bound:
             if all(ref() is arguments[i] for ref, i in zip(references, self._anchors, strict=True)):

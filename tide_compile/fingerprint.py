@@ -15,7 +15,7 @@ def fingerprint(parameters: Iterable[torch.Tensor]) -> str:
 
     The same checkpoint loaded in fp32 and in bf16 has the same fingerprint; a fine-tuned one has another. Order does
     not count and a tensor that is used twice (tied embeddings) counts once, so that the parameters of a module and
-    those of its traced graph agree.
+    those of its traced graph agree, provided the graph uses them all.
     """
     unique = {id(p): p for p in parameters}.values()
     digests = sorted(_digest(p) for p in unique)

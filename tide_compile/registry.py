@@ -69,9 +69,13 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
 
 
 def version_of(router: str | Path | RouterBank | None) -> object:
-    """Changes when ``find_bank`` may give another answer: a new attachment, a file written anew."""
+    """Changes when ``find_bank`` may give another answer: a new attachment, a file written anew. None: the answer of
+    before stands (a bank, or a file that is gone)."""
     if isinstance(router, str | Path):
-        status = os.stat(router)
+        try:
+            status = os.stat(router)
+        except FileNotFoundError:
+            return None
         return status.st_mtime_ns, status.st_ino
     return _attachments if router is None else None
 
