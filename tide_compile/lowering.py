@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.utils.cpp_extension  # imports setuptools, which fails once a package has imported the stdlib's distutils
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
@@ -35,8 +36,6 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     """
     if lowering == "eager":
         return {name: piece.graph for name, piece in program.pieces.items()}
-    import torch.utils.cpp_extension
-
     patches = torch._inductor.list_mode_options(mode) if mode else {}
     compiled: dict[str, Runnable] = {}
     runnables = {}
