@@ -22,7 +22,7 @@ def fill_kv(program: Program, plan: Plan) -> Program:
     2. ``zero_pad``: what is written is zero, so the projections are dead too.
 
     Safe because a write is kept whenever it reaches memory that outlives the call (see ``live_nodes``), and because
-    section 2 of the design defines the K/V of a skipped layer as exactly this. A segment without caches has an empty
+    the eager reference defines the K/V of a skipped layer as exactly this. A segment without caches has an empty
     slice, which is left out.
     """
     pieces = dict(program.pieces)

@@ -90,19 +90,16 @@ def live_nodes(graph: Graph) -> set[Node]:
         mark(found)
 
 
-def remove_dead(gm: GraphModule) -> tuple[str, ...]:
-    """Delete everything outside ``live_nodes``, unused placeholders too; returns the names of those."""
+def remove_dead(gm: GraphModule) -> None:
+    """Delete everything outside ``live_nodes``, unused placeholders too."""
     live = live_nodes(gm.graph)
-    dropped = []
     for node in reversed(list(gm.graph.nodes)):
         if node.op == "placeholder":
             if not node.users:
-                dropped.append(node.target)
                 gm.graph.erase_node(node)
         elif node not in live:
             gm.graph.erase_node(node)
     gm.recompile()
-    return tuple(dropped)
 
 
 def ancestors(node: Node, stop: Callable[[Node], bool]) -> Iterator[Node]:

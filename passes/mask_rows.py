@@ -18,8 +18,8 @@ def mask_rows(program: Program, plan: Plan) -> Program:
     come from their frozen state. With ``zero_pad`` the K and V of these rows are set to zero where they enter the
     cache (or, without a cache, attention).
 
-    Safe because rows only meet in attention, and active rows see there exactly the K and V that section 2 of the
-    design defines. Left out when a call has one row: then all rows have exited or none has.
+    Safe because rows only meet in attention, and active rows see there exactly the K and V that the eager
+    reference gives them. Left out when a call has one row: then all rows have exited or none has.
     """
     if plan.single_row:
         return program

@@ -84,6 +84,15 @@ def test_reference_file(tmp_path):
         RouterBank.load(path, model=model)
 
 
+def test_engine_reads_a_reference_file(tmp_path):
+    model = tiny("rmsnorm-rope-gqa")
+    path, _ = reference_file(tmp_path / "router.pt")
+    config = TIDEConfig(exit_threshold=0.0, min_layers=1, checkpoint_interval=2, lowering="eager")
+    engine = tide_compile.TIDE(model, path, config)
+    engine(prompt(2)[0])
+    assert engine.last_stats.exits_per_layer == {1: 18}
+
+
 def test_pickled_code_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
