@@ -22,13 +22,15 @@ def assert_close(got, want):
 
 
 def threshold_between(model, bank, share, cache, batch, **settings):
-    """A threshold that about ``share`` of all scores exceed, halfway between two of them so that rounding cannot
-    change an exit."""
+    """A threshold that about ``share`` of the tokens exceed at some checkpoint, halfway between two scores so that
+    rounding cannot change an exit."""
     config = TIDEConfig(exit_threshold=0.999, **settings)
     with tide_compile.eager_reference(model, bank, config) as reference:
         logits_of(model, model, cache, batch)
-    scores = torch.cat([s.flatten() for call in reference.scores for s in call.values()]).sort().values
-    middle = int(len(scores) * (1 - share))
+    calls = [torch.stack(list(call.values())).flatten(1) for call in reference.scores]  # each (checkpoints, tokens)
+    target = torch.cat([call.amax(0) for call in calls]).quantile(1 - share)
+    scores = torch.cat([call.flatten() for call in calls]).sort().values
+    middle = int(torch.searchsorted(scores, target).clamp(3, len(scores) - 3))
     gaps = scores[middle - 3 : middle + 3].diff()
     best = middle - 3 + gaps.argmax()
     return ((scores[best] + scores[best + 1]) / 2).item()
