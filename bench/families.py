@@ -1,0 +1,165 @@
+"""python -m bench.families: tide against the eager reference on every causal language model of transformers.
+
+Each family is built tiny with random weights and run on two rows, one of them padded on the left: a prompt, then four
+decoded tokens with a static cache; where the model or tide cannot do that, with a dynamic cache, else without, and the
+reason is told. Tide without exits must give the stock model's logits. With some and with all tokens leaving early,
+every token must leave after the layer after which it leaves in the eager reference, and the logits must be equal.
+Graphs are interpreted (``lowering="eager"``): what differs between families is in the graph, not in Inductor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import transformers
+from tabulate import tabulate
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from bench.family_configs import build, names
+from bench.report import machine
+from tests.checks import assert_close, check, threshold_between
+from tests.models import CACHES, logits_of
+from tide_compile import RouterBank
+from tide_compile.decoder import find_decoder
+from tide_compile.errors import TideError
+
+OK = "ok"
+PASS, REFUSED, NOT_BUILT, WRONG = "pass", "named error", "not built", "WRONG"
+SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
+
+
+@dataclass(slots=True)
+class Row:
+    """What was seen of a family; ``cache`` is the best one that it ran with."""
+
+    family: str
+    model: str = ""
+    layers: int = 0
+    cache: str = ""
+    verdict: str = NOT_BUILT
+    why: list[str] = field(default_factory=list)
+
+    def cells(self) -> list[str]:
+        return [self.family, self.model, str(self.layers or ""), self.cache, self.verdict, "; ".join(self.why)]
+
+
+def examine(family: str) -> Row:
+    """Build a family and compare everything with the eager reference; never raises."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    row = Row(family)
+    try:
+        model = build(family)
+        row.model = type(model).__name__
+        logits_of(model, model, "none", 2)
+    except Exception as error:
+        row.why.append(f"stock model: {_said(error)}")
+        return row
+    try:
+        decoder = find_decoder(model)
+    except TideError as error:
+        row.verdict = REFUSED
+        row.why.append(_said(error))
+        return row
+    row.layers = len(decoder.layers)
+    expected = model.config.get_text_config(decoder=True).num_hidden_layers
+    if row.layers != expected:
+        row.verdict = WRONG
+        row.why.append(f"{row.layers} layers found, the config says {expected}")
+        return row
+    bank = RouterBank.untrained(decoder.hidden_dim, row.layers, bottleneck_dim=16)
+    for cache in reversed(CACHES):
+        row.verdict, reason = _compare(model, bank, cache)
+        if reason:
+            row.why.append(f"{cache} cache: {reason}")
+        if row.verdict in (PASS, WRONG):
+            row.cache = cache
+            break
+    return row
+
+
+def _compare(model: PreTrainedModel, bank: RouterBank, cache: str) -> tuple[str, str]:
+    torch._dynamo.reset()
+    try:
+        stock = logits_of(model, model, cache, 2)
+    except Exception as error:
+        return NOT_BUILT, f"stock model: {_said(error)}"
+    try:
+        off = torch.compile(model, backend="tide", options={"exit_threshold": 1.0, "lowering": "eager"})
+        for ours, theirs in zip(logits_of(model, off, cache, 2), stock, strict=True):
+            assert_close(ours, theirs)
+        some = check(model, bank, cache, 2, threshold_between(model, bank, 0.4, cache, 2, **SETTINGS), **SETTINGS)
+        assert 0 < some.exit_rate < 1, f"exit rate {some.exit_rate}, not some"
+        every = check(model, bank, cache, 2, 0.0, **SETTINGS)
+        assert every.exit_rate == 1, f"exit rate {every.exit_rate}, not all"
+    except Exception as error:
+        named = isinstance(error, TideError) or isinstance(getattr(error, "inner_exception", None), TideError)
+        return (REFUSED if named else WRONG), _said(error)
+    return PASS, ""
+
+
+def _said(error: Exception) -> str:
+    error = getattr(error, "inner_exception", error)
+    text = " ".join(str(error).split()).replace("|", "/")
+    text = re.sub(r"0x[0-9a-f]+", "0x...", text)
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def examine_all(families: list[str], processes: int, report: Callable[[Row], None]) -> list[Row]:
+    """``examine`` in some processes at a time, each used for ten families; ``report`` hears of each row at once."""
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=10) as pool:
+        rows = []
+        for row in tqdm(pool.map(examine, families), total=len(families), unit="family", disable=None):
+            report(row)
+            rows.append(row)
+    return rows
+
+
+def summary(rows: list[Row]) -> str:
+    """The counts, in words."""
+    counts = Counter(r.verdict for r in rows)
+    built = len(rows) - counts[NOT_BUILT]
+    share = f"{counts[PASS] / built:.0%}" if built else "none"
+    return (
+        f"{built} of {len(rows)} can be built tiny from their config: {counts[PASS]} pass ({share}), "
+        f"{counts[REFUSED]} are refused with a named error, {counts[WRONG]} are wrong."
+    )
+
+
+def write_markdown(rows: list[Row], path: Path, command: str) -> None:
+    """The matrix as a page of documentation, written at once or not at all."""
+    headers = ["family", "class", "layers", "cache", "result", "remarks"]
+    table = tabulate([r.cells() for r in rows], headers=headers, tablefmt="github", disable_numparse=True)
+    about = __doc__.split(":", 1)[1].strip().capitalize()
+    text = f"# Families\n\n{about}\n\n`{command}` on {machine()}.\n\n{summary(rows)}\n\n{table}\n"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types (default: all)")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--markdown", type=Path, help="write the matrix to this file")
+    arguments = parser.parse_args()
+    rows = examine_all(
+        arguments.families or names(), arguments.processes, lambda row: tqdm.write("  ".join(filter(None, row.cells())))
+    )
+    print(f"\n{machine()}\n{summary(rows)}")
+    if arguments.markdown:
+        write_markdown(rows, arguments.markdown, "python -m bench.families --markdown docs/families.md")
+
+
+if __name__ == "__main__":
+    main()
