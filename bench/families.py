@@ -1,10 +1,11 @@
 """python -m bench.families: tide against the eager reference on every causal language model of transformers.
 
 Each family is built tiny with random weights and run on two rows, one of them padded on the left: a prompt, then four
-decoded tokens with a static cache; where the model or tide cannot do that, with a dynamic cache, else without, and the
-reason is told. Tide without exits must give the stock model's logits. With some and with all tokens leaving early,
-every token must leave after the layer after which it leaves in the eager reference, and the logits must be equal.
-Graphs are interpreted (``lowering="eager"``): what differs between families is in the graph, not in Inductor.
+decoded tokens with a static cache; where the model or tide cannot do that, with a dynamic cache or the model's own,
+else without, and the reason is told. Tide without exits must give the stock model's logits. With some and with all
+tokens leaving early, every token must leave after the layer after which it leaves in the eager reference, and the
+logits must be equal. Graphs are interpreted (``lowering="eager"``): what differs between families is in the graph, not
+in Inductor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,13 +28,14 @@ from transformers import PreTrainedModel
 from bench.family_configs import build, names
 from bench.report import machine
 from tests.checks import assert_close, check, threshold_between
-from tests.models import CACHES, logits_of
+from tests.models import logits_of
 from tide_compile import RouterBank
 from tide_compile.decoder import find_decoder
 from tide_compile.errors import TideError
 
 OK = "ok"
 PASS, REFUSED, NOT_BUILT, WRONG = "pass", "named error", "not built", "WRONG"
+BEST_FIRST = ("static", "dynamic", "own", "none")
 SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
 
 
@@ -72,36 +73,44 @@ def examine(family: str) -> Row:
         row.why.append(_said(error))
         return row
     row.layers = len(decoder.layers)
-    expected = model.config.get_text_config(decoder=True).num_hidden_layers
-    if row.layers != expected:
+    config = model.config.get_text_config(decoder=True)
+    expected = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")} - {None}
+    if row.layers not in expected:
         row.verdict = WRONG
-        row.why.append(f"{row.layers} layers found, the config says {expected}")
+        row.why.append(f"{row.layers} layers found, the config says {sorted(expected)}")
         return row
     bank = RouterBank.untrained(decoder.hidden_dim, row.layers, bottleneck_dim=16)
-    for cache in reversed(CACHES):
+    reasons: dict[str, list[str]] = {}
+    for cache in BEST_FIRST:
         row.verdict, reason = _compare(model, bank, cache)
+        if row.verdict not in (PASS, WRONG) and cache == "static" and not model._can_compile_fullgraph:
+            reason = "the class says that it does not support it (_can_compile_fullgraph)"
         if reason:
-            row.why.append(f"{cache} cache: {reason}")
+            reasons.setdefault(reason, []).append(cache)
         if row.verdict in (PASS, WRONG):
             row.cache = cache
             break
+    row.why += [f"{', '.join(caches)} cache: {reason}" for reason, caches in reasons.items()]
     return row
 
 
 def _compare(model: PreTrainedModel, bank: RouterBank, cache: str) -> tuple[str, str]:
-    torch._dynamo.reset()
     try:
         stock = logits_of(model, model, cache, 2)
     except Exception as error:
         return NOT_BUILT, f"stock model: {_said(error)}"
     try:
+        torch._dynamo.reset()  # each comparison has all of Dynamo's limit of recompilations
         off = torch.compile(model, backend="tide", options={"exit_threshold": 1.0, "lowering": "eager"})
         for ours, theirs in zip(logits_of(model, off, cache, 2), stock, strict=True):
             assert_close(ours, theirs)
-        some = check(model, bank, cache, 2, threshold_between(model, bank, 0.4, cache, 2, **SETTINGS), **SETTINGS)
-        assert 0 < some.exit_rate < 1, f"exit rate {some.exit_rate}, not some"
-        every = check(model, bank, cache, 2, 0.0, **SETTINGS)
-        assert every.exit_rate == 1, f"exit rate {every.exit_rate}, not all"
+        for threshold, rates in (
+            (threshold_between(model, bank, 0.4, cache, 2, **SETTINGS), (0.01, 0.99)),
+            (0.0, (1, 1)),
+        ):
+            torch._dynamo.reset()
+            rate = check(model, bank, cache, 2, threshold, **SETTINGS).exit_rate
+            assert rates[0] <= rate <= rates[1], f"exit rate {rate}, expected {rates[0]} to {rates[1]}"
     except Exception as error:
         named = isinstance(error, TideError) or isinstance(getattr(error, "inner_exception", None), TideError)
         return (REFUSED if named else WRONG), _said(error)
@@ -109,17 +118,17 @@ def _compare(model: PreTrainedModel, bank: RouterBank, cache: str) -> tuple[str,
 
 
 def _said(error: Exception) -> str:
+    """The kind of an error and its first sentence."""
     error = getattr(error, "inner_exception", error)
-    text = " ".join(str(error).split()).replace("|", "/")
-    text = re.sub(r"0x[0-9a-f]+", "0x...", text)
-    return f"{type(error).__name__}: {text[:200]}"
+    text = re.sub(r"0x[0-9a-f]+", "0x...", " ".join(str(error).split()).replace("|", "/"))
+    return f"{type(error).__name__}: {re.split(r'(?<=[a-z])[.:] (?=[A-Z])', text)[0][:200]}"
 
 
 def examine_all(families: list[str], processes: int, report: Callable[[Row], None]) -> list[Row]:
     """``examine`` in some processes at a time, each used for ten families; ``report`` hears of each row at once."""
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=10) as pool:
+    with get_context("spawn").Pool(processes, maxtasksperchild=10) as pool:
         rows = []
-        for row in tqdm(pool.map(examine, families), total=len(families), unit="family", disable=None):
+        for row in tqdm(pool.imap(examine, families), total=len(families), unit="family", disable=None):
             report(row)
             rows.append(row)
     return rows

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tide_compile.decoder import find_decoder
+
 SMOLLM2 = "smollm2"
 
 
@@ -31,18 +33,16 @@ def load_model(name: str = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple
 
 def truncated(model: nn.Module, num_layers: int) -> nn.Module:
     """The same model with its first layers only; weights are shared."""
-    from tide_compile.decoder import find_layers_in
-
-    path, layers = find_layers_in(model)
+    decoder = find_decoder(model)
     twin = copy.copy(model)
     twin.config = copy.deepcopy(model.config)
     twin.config.num_hidden_layers = num_layers
     parent = twin
-    *parents, name = path.split(".")
+    *parents, name = decoder.path.split(".")
     for part in parents:
         child = copy.copy(getattr(parent, part))
         parent._modules = {**parent._modules, part: child}
         parent = child
     parent.config = twin.config
-    parent._modules = {**parent._modules, name: nn.ModuleList(layers[:num_layers])}
+    parent._modules = {**parent._modules, name: nn.ModuleList(decoder.layers[:num_layers])}
     return twin

@@ -22,6 +22,10 @@ class LayersNotFoundError(GraphError):
     """The graph has no repeated decoder layers."""
 
 
+class NothingToSkipError(LayersNotFoundError):
+    """The graph has no decoder layers and is too small to hold any: the rest of a model behind a graph break."""
+
+
 class LayersSplitError(GraphError):
     """The graph holds only a part of the model's layers (a graph break lies between them)."""
 
@@ -32,6 +36,10 @@ class BoundaryNotUniqueError(GraphError):
 
 class KVNotFoundError(GraphError):
     """``zero_pad`` cannot find the keys and values of a layer."""
+
+
+class PaddingError(GraphError):
+    """The attention mask does not say which tokens are padding."""
 
 
 class CheckpointError(TideError):

@@ -15,9 +15,10 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
 
     1. At each cut, collect the values computed inside the layers before it that are used after it by anything but the
        graph's output. Values that depend on no hidden state (sizes, a mask built in layer 0) are marked for hoisting
-       into the prologue; exactly one [B, S, H] value must remain.
-    2. In the graph of everything computed from the value that enters layer 0, each boundary must lie on every path to
-       the last boundary's successors: it is in the chain of immediate dominators (networkx).
+       into the prologue. Of the rest exactly one must have the shape of the hidden state. Those of other shapes are
+       carried along (keys and values that several layers share): they are computed in skipped layers too.
+    2. In the graph of everything computed from the value that enters layer 0, without what is carried, each boundary
+       must lie on every path to the last boundary's successors: it is in the chain of immediate dominators (networkx).
 
     Raises:
         BoundaryNotUniqueError: names the values that cross.
@@ -32,26 +33,29 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
             "model's norm and head are in another graph. Find the break with TORCH_LOGS=graph_breaks, or pass "
             "options={'fallback': 'inductor'}."
         )
-    entering = _entering(graph, owner, {shape_of(n) for n in crossing[0]}, layers)
+    shapes = set.intersection(*({shape_of(n) for n in values} for values in crossing))
+    entering = _entering(graph, owner, shapes, layers)
     flow = nx.DiGraph((n, u) for n in graph.nodes for u in n.users if u.op != "output")
     flow = flow.subgraph({entering} | nx.descendants(flow, entering))
     written = {storage_of(a) for n in graph.nodes for a in mutated_arguments(n)} - {None}
     free = {n for n in owner if n not in flow and not mutated_arguments(n) and storage_of(n) not in written}
 
-    leaving, hoisted = [], set()
+    leaving, hoisted, carried = [], set(), set()
     for layer, values in enumerate(crossing):
         movable = {n for n in values if all(a in free for a in ancestors(n, lambda a: owner[a] < 0))}
         hoisted |= movable
         rest = [n for n in values if n not in movable]
-        if len(rest) != 1 or shape_of(rest[0]) != shape_of(entering):
+        alike = [n for n in rest if shape_of(n) == shape_of(entering)]
+        if len(alike) != 1:
             named = ", ".join(f"{n.name} [{', '.join(shape_of(n))}]" for n in rest) or "nothing"
             raise BoundaryNotUniqueError(
                 f"after layer {layer} of {layers.prefix!r} exactly one hidden state [{', '.join(shape_of(entering))}] "
                 f"should be used later on, but these are: {named}. Exits are not possible there; pass "
                 "options={'fallback': 'inductor'} to compile this model without them."
             )
-        leaving.append(rest[0])
-    _check_dominance(flow, entering, leaving, layers)
+        leaving += alike
+        carried |= set(rest) - set(alike)
+    _check_dominance(flow.subgraph(set(flow) - carried), entering, leaving, layers)
     _check_not_overwritten(owner, [entering, *leaving], layers)
     moved = {n.name for h in hoisted for n in ancestors(h, lambda a: owner[a] < 0) if owner[n] >= 0}
     return {
@@ -76,7 +80,7 @@ def _entering(graph: Graph, owner: dict[Node, int], shapes: set[tuple[str, ...]]
         and shape_of(node) in shapes
         and len(shape_of(node)) == 3
         and value_of(node).is_floating_point()
-        and {owner[u] for u in node.users if owner[u] >= 0} == {0}
+        and {owner[u] for u in node.users if owner[u] >= 0 and u.op != "output"} == {0}
     ]
     if len(like) == 1:
         return like[0]

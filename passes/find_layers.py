@@ -6,10 +6,14 @@ import itertools
 import re
 from collections import defaultdict
 
-from tide_compile.passes.errors import LayersNotFoundError, LayersSplitError
+from tide_compile.passes.errors import LayersNotFoundError, LayersSplitError, NothingToSkipError
+from tide_compile.passes.fx_tools import shape_of, value_of
+from tide_compile.passes.layer_structure import layers_by_structure
 from tide_compile.passes.plan import Layers, Plan
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+_ATTENTION = re.compile("attention|attn|softmax")
 _INDEXED = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -18,10 +22,13 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
 
     Dynamo records for each node the path of the module it came from, such as ``L['self'].model.layers.7.mlp``. Every
     path component that is a number is a candidate for a layer index; nested lists (experts in a layer) cover fewer
-    nodes than the list of layers and lose.
+    nodes than the list of layers and lose. A graph in which no list runs is searched for repeating blocks instead
+    (``layers_by_structure``).
 
     Raises:
-        LayersNotFoundError: no list with two or more members runs once, in order, through the graph.
+        NothingToSkipError: nor is there a sign of any in the graph.
+        LayersNotFoundError: no list with two or more members runs once, in order, through the graph, and no block
+            repeats.
         LayersSplitError: the list is there, but not all of it.
     """
     candidates: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -31,10 +38,15 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
             candidates[prefix][index].append(position)
     ordered = {prefix: members for prefix, members in candidates.items() if _runs_in_order(members)}
     if not ordered:
-        raise LayersNotFoundError(
-            "no decoder layers found in this graph: no list of two or more modules runs through it in order. "
-            "Compile the whole causal language model, or pass options={'fallback': 'inductor'} to compile such "
-            "graphs with plain Inductor."
+        found = layers_by_structure(gm.graph)
+        if found is not None:
+            return {"layers": found}
+        kind = NothingToSkipError if _is_rest(gm.graph) else LayersNotFoundError
+        raise kind(
+            "no decoder layers found in this graph: no list of two or more modules runs through it in order, and no "
+            "block between hidden states [B, S, H] repeats. Compile the whole causal language model; if it is whole, "
+            "look for breaks that cut its layers apart with TORCH_LOGS=graph_breaks; or pass "
+            "options={'fallback': 'inductor'} to compile such graphs with plain Inductor."
         )
     prefix, members = max(ordered.items(), key=lambda item: sum(map(len, item[1].values())))
     indices = sorted(members)
@@ -61,6 +73,12 @@ def layer_of_nodes(graph: Graph, layers: Layers) -> dict[Node, int]:
         if node.name == layers.end:
             current = len(layers)
     return owner
+
+
+def _is_rest(graph: Graph) -> bool:
+    """No attention, and no more weight matrices than embeddings and a head have: this is no part of a layer."""
+    matrices = sum(isinstance(value_of(n), nn.Parameter) and len(shape_of(n)) > 1 for n in graph.nodes)
+    return matrices <= 2 and not any(_ATTENTION.search(str(n.target)) for n in graph.nodes if n.op[:4] == "call")
 
 
 def _indexed_paths(node: Node) -> set[tuple[str, int]]:

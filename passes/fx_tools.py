@@ -33,6 +33,8 @@ def storage_of(node: Node) -> int | None:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # inside vmap
+        value = torch._C._functorch.get_unwrapped(value)
     return value.untyped_storage()._cdata
 
 
@@ -66,7 +68,8 @@ def output_nodes(graph: Graph) -> list[object]:
 def live_nodes(graph: Graph) -> set[Node]:
     """Nodes that the outputs need, directly or through a write to memory that outlives the call or that is read.
 
-    A write counts when it goes to a placeholder (or a view of one), or to memory that a live node uses.
+    A write counts when it goes to a placeholder (or a view of one), or to memory that a live node uses. Entering and
+    leaving a vmap counts always: no data flows there.
     """
     written = {node: {storage_of(a) for a in mutated_arguments(node)} - {None} for node in graph.nodes}
     writes = [node for node in graph.nodes if written[node]]
@@ -81,13 +84,17 @@ def live_nodes(graph: Graph) -> set[Node]:
                 live.add(node)
                 stack.extend(node.all_input_nodes)
 
-    mark([graph.output_node()])
+    mark([graph.output_node(), *(n for n in graph.nodes if not n.users and _is_functorch(n))])
     while True:
         memory = kept_memory | {storage_of(n) for n in live if n.op != "placeholder"}
         found = [n for n in writes if n not in live and written[n] & memory]
         if not found:
             return live
         mark(found)
+
+
+def _is_functorch(node: Node) -> bool:
+    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def remove_dead(gm: GraphModule) -> None:

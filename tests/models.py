@@ -55,7 +55,10 @@ def prompt(batch: int, length: int = 9, padding: int = 3) -> tuple[torch.Tensor,
 
 
 def logits_of(model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int = 4) -> list[torch.Tensor]:
-    """Logits of a prompt and, with a cache, of ``steps`` decoded tokens, without those of padding: [T, V] each."""
+    """Logits of a prompt and, with a cache, of ``steps`` decoded tokens, without those of padding: [T, V] each.
+
+    ``cache``: one of ``CACHES``, or ``own``: what the model makes itself.
+    """
     return list(_logits(model, call, cache, batch, steps))
 
 
@@ -64,10 +67,26 @@ def _logits(model: PreTrainedModel, call: Callable, cache: str, batch: int, step
     ids, mask = prompt(batch)
     extra = {
         "none": lambda: {"use_cache": False},
+        "own": lambda: {"use_cache": True},
         "dynamic": lambda: {"past_key_values": DynamicCache(config=model.config)},
         "static": lambda: {"past_key_values": StaticCache(config=model.config, max_cache_len=16)},
     }[cache]()
-    yield call(ids, attention_mask=mask, **extra).logits[mask.bool()]
+    masked = {"attention_mask": mask}
+    out = call(ids, **masked, **extra)
+    yield out.logits[mask.bool()]
+    if cache == "own":
+        extra["past_key_values"] = out.past_key_values
     for i in range(0 if cache == "none" else steps):
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        yield call(ids[:, i : i + 1], attention_mask=mask, **extra).logits[:, 0]
+        if _sees_the_past(model):
+            masked["attention_mask"] = torch.cat([masked["attention_mask"], torch.ones_like(mask[:, :1])], 1)
+        else:
+            masked = {}
+        logits = call(ids[:, i : i + 1], **masked, **extra).logits
+        assert logits.shape[1] == 1, f"{logits.shape[1]} rows of logits for one token"
+        yield logits[:, 0]
+
+
+def _sees_the_past(model: PreTrainedModel) -> bool:
+    """Whether the mask covers the tokens in the cache: not so in models that have only recurrent layers."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ["full_attention"]
+    return not set(kinds) <= {"linear_attention", "mamba", "conv"}

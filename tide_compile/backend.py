@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from tide_compile import generate_guard
 from tide_compile.config import TIDEConfig
-from tide_compile.errors import GradEnabledError, GraphError
+from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError
 from tide_compile.executor import Executor
 from tide_compile.lowering import compile_whole, lower
 from tide_compile.passes.plan import Settings
@@ -51,6 +51,9 @@ def tide_backend(
     settings_for = functools.partial(_settings, config, router)
     try:
         program, plan = run(gm, functools.partial(settings_for, example_inputs), _log_event)
+    except NothingToSkipError:
+        log.warning("a graph of %d nodes without decoder layers is compiled as it is", len(gm.graph.nodes))
+        return gm if config.lowering == "eager" else compile_whole(gm, example_inputs, mode)
     except GraphError as error:
         if config.fallback is None:
             raise

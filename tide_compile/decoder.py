@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tide_compile.errors import LayersNotFoundError
+from tide_compile.errors import LayersNotFoundError, PaddingError
 from tide_compile.norms import fit_norm_maybe
+from tide_compile.passes.find_padding import mask_too_short
 from tide_compile.routers import Norm
 
 LayerCallback = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -26,6 +27,7 @@ class Decoder:
 
     Attributes:
         model: the model.
+        path: name of the list of its layers in the model.
         layers: its N decoder layers.
         hidden_dim: H.
         norm: the module called first after the last layer, or None.
@@ -33,6 +35,7 @@ class Decoder:
     """
 
     model: nn.Module
+    path: str
     layers: tuple[nn.Module, ...]
     hidden_dim: int
     norm: nn.Module | None
@@ -76,62 +79,87 @@ class Decoder:
             return self.model.forward(input_ids=ids, use_cache=False).logits.squeeze(1)
 
 
-def find_layers_in(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The outermost list of modules with the most members: the decoder's layers.
+@torch.no_grad()
+def find_decoder(model: nn.Module) -> Decoder:
+    """Run one token through a causal language model and see which list of modules is its decoder: the longest one whose
+    members are each called once and return a [B, S, H] state.
 
     Raises:
-        LayersNotFoundError: the model holds no list of two or more modules.
+        LayersNotFoundError: there is no such list.
     """
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
-    if not outer:
+    lists = {n: tuple(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    if not lists:
         raise LayersNotFoundError(
             f"{type(model).__name__} holds no list of decoder layers. Pass the causal language model itself."
         )
-    name = max(outer, key=lambda n: len(outer[n]))
-    return name, outer[name]
+    calls = _calls_of_one_token(model, {layer for members in lists.values() for layer in members})
+    returned: dict[nn.Module, list[object]] = {}
+    for module, _, output in calls:
+        returned.setdefault(module, []).append(output)
+    once = {n: m for n, m in lists.items() if all(len(returned.get(layer, ())) == 1 for layer in m)}
+    found = {n: m for n, m in once.items() if all(_is_state(_hidden(returned[layer][0])) for layer in m)}
+    if not found:
+        raise LayersNotFoundError(_why_not(model, lists, returned))
+    outer = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
+    path = max(outer, key=lambda n: len(found[n]))
+    layers = found[path]
+    outputs = [returned[layer][0] for layer in layers]
+    lengths = tuple(len(o) if isinstance(o, tuple | list) else 0 for o in outputs)
+    last = _hidden(outputs[-1])
+    behind = calls[1 + next(i for i, call in enumerate(calls) if call[0] is layers[-1]) :]
+    norm = next((m for m, entered, _ in behind if entered is not None and entered.shape == last.shape), None)
+    return Decoder(model, path, layers, last.shape[-1], norm, lengths)
 
 
-@torch.no_grad()
-def find_decoder(model: nn.Module) -> Decoder:
-    """Find the decoder of a causal language model by its lists of modules, and run one token to see what its layers
-    return and what is called after them.
+def _calls_of_one_token(model: nn.Module, watched: set[nn.Module]) -> list[tuple[nn.Module, Tensor | None, object]]:
+    """Every call of a watched module or a leaf, in order of return: module, first argument if a tensor, result."""
+    calls = []
 
-    Raises:
-        LayersNotFoundError: there is no list of layers, or they return no [B, S, H] state.
-    """
-    layers = tuple(find_layers_in(model)[1])
-    outputs: dict[int, object] = {}
-    after: list[nn.Module] = []
+    def note(module: nn.Module, args: tuple, output: object) -> None:
+        calls.append((module, args[0] if args and isinstance(args[0], Tensor) else None, output))
+
     with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(lambda m, a, out, i=index: outputs.__setitem__(i, out)).remove)
-        inside = {m for layer in layers for m in layer.modules()}
         for module in model.modules():
-            if module not in inside and not any(True for _ in module.children()):
-                stack.callback(module.register_forward_hook(_note(after, outputs, len(layers))).remove)
-        model.forward(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device),
-            use_cache=False,
+            if module in watched or not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(note).remove)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        model.forward(input_ids=ids, use_cache=False)
+    return calls
+
+
+def _why_not(model: nn.Module, lists: dict[str, tuple[nn.Module, ...]], returned: dict[nn.Module, list[object]]) -> str:
+    name = type(model).__name__
+    longest = max(lists, key=lambda n: (sum(layer in returned for layer in lists[n]), len(lists[n])))
+    times = sorted({len(returned.get(layer, ())) for layer in lists[longest]})
+    if times != [1]:
+        return (
+            f"the {len(lists[longest])} members of {longest!r} of {name} run {' to '.join(map(str, times))} times for "
+            "one token: exits need layers that run once each."
         )
-    states = [_hidden(outputs.get(i)) for i in range(len(layers))]
-    if any(s is None or s.dim() != 3 for s in states):
-        raise LayersNotFoundError(
-            f"the members of the longest module list of {type(model).__name__} do not return a [B, S, H] hidden state, "
-            "so they are not decoder layers."
-        )
-    lengths = tuple(len(outputs[i]) if isinstance(outputs[i], tuple) else 0 for i in range(len(layers)))
-    return Decoder(model, layers, states[-1].shape[-1], after[0] if after else None, lengths)
+    return (
+        f"the members of {longest!r} of {name} do not hand on one hidden state [B, S, H], so exits are not possible "
+        "between them."
+    )
+
+
+def _is_state(value: Tensor | None) -> bool:
+    return value is not None and value.dim() == 3 and value.shape[:2] == (1, 1)
 
 
 def valid_tokens(attention_mask: Tensor | Mapping[str, Tensor] | None, rows: Tensor) -> Tensor:
     """Which tokens of a call are no padding: [B, S] bool, from a mask [B, L], [B, 1, S, L], or one per kind of
-    attention, for hidden states ``rows`` [B, S, H]."""
+    attention, for hidden states ``rows`` [B, S, H].
+
+    Raises:
+        PaddingError: the mask has fewer columns than there are rows.
+    """
     if isinstance(attention_mask, Mapping):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if attention_mask is None:
         return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
     if attention_mask.dim() == 2:
+        if attention_mask.shape[1] < rows.shape[1]:
+            raise PaddingError(mask_too_short(attention_mask.shape[1], rows.shape[1]))
         return attention_mask[:, -rows.shape[1] :].bool()
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
     return visible[:, 0].any(-1).expand(rows.shape[:2])
@@ -149,22 +177,7 @@ def _layer_hook(index: int, callback: LayerCallback) -> Callable[..., object]:
         changed = callback(index, entered, _hidden(output))
         if changed is None:
             return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    return hook
-
-
-def _note(after: list[nn.Module], outputs: dict[int, object], num_layers: int) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple, output: object) -> None:
-        last = _hidden(outputs.get(num_layers - 1))
-        if (
-            last is not None
-            and args
-            and isinstance(args[0], Tensor)
-            and args[0].shape == last.shape
-            and _hidden(output) is not None
-        ):
-            after.append(module)
+        return type(output)((changed, *output[1:])) if isinstance(output, tuple | list) else changed
 
     return hook
 
@@ -182,5 +195,5 @@ def _replaced_forward(module: nn.Module, result: object) -> Iterator[None]:
 
 
 def _hidden(output: object) -> Tensor | None:
-    first = output[0] if isinstance(output, tuple) and output else output
+    first = output[0] if isinstance(output, tuple | list) and output else output
     return first if isinstance(first, Tensor) else None

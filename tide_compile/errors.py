@@ -7,6 +7,8 @@ from tide_compile.passes.errors import (
     KVNotFoundError,
     LayersNotFoundError,
     LayersSplitError,
+    NothingToSkipError,
+    PaddingError,
     TideError,
     VerificationError,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "LayersNotFoundError",
     "LayersSplitError",
     "NoRouterError",
+    "NothingToSkipError",
+    "PaddingError",
     "RouterFileError",
     "RouterMismatchError",
     "TideError",
