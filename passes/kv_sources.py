@@ -9,7 +9,7 @@ from tide_compile.passes.errors import KVNotFoundError
 from tide_compile.passes.fx_tools import call, shape_of, value_of
 from torch.fx import Graph, Node
 
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
+ATTENTION = torch._C._nn.scaled_dot_product_attention
 
 
 def find_kv_sources(graph: Graph, hidden: Node, num_layers: int) -> list[Node]:
@@ -27,7 +27,7 @@ def find_kv_sources(graph: Graph, hidden: Node, num_layers: int) -> list[Node]:
         for data in _merged_into_memory(node, dependent):
             sources[_whole(data)] = None
     if not sources:
-        attention = [n for n in graph.nodes if n.target is _ATTENTION]
+        attention = [n for n in graph.nodes if n.target is ATTENTION]
         sources = {data: None for node in attention for data in node.args[1:3] if data in dependent}
     if len(sources) != 2 * num_layers or any(len(shape_of(s)) != 4 for s in sources):
         raise KVNotFoundError(
@@ -48,10 +48,10 @@ def zero_all(graph: Graph, source: Node, hidden: Node) -> None:
     source.replace_all_uses_with(zeros)
 
 
-def zero_rows(graph: Graph, source: Node, active: Node) -> None:
-    """Let everything that reads ``source`` [B, heads, S, D] read zeros in the rows where ``active`` [B, S] is false."""
+def zero_rows(graph: Graph, source: Node, running: Node) -> None:
+    """Let everything that reads ``source`` [B, heads, S, D] read zeros in the rows that are not ``running`` [B, S]."""
     with graph.inserting_after(source):
-        column = call(graph, operator.getitem, active, (slice(None), None, slice(None), None))
+        column = call(graph, operator.getitem, running, (slice(None), None, slice(None), None))
     with graph.inserting_after(column):
         zeroed = call(graph, torch.where, column, source, 0.0)
     source.replace_all_uses_with(zeroed, delete_user_cb=lambda user: user is not zeroed)

@@ -7,16 +7,16 @@ import copy
 import torch
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
-from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
+from tide_compile.passes.plan import ACTIVE, HIDDEN, VALID, Piece, Plan, Program
 
 
 def mask_rows(program: Program, plan: Plan) -> Program:
     """Add ``segment_<i>.masked`` for every segment that can see exited rows.
 
-    Before: ``h' = layer(h)``. After, behind every layer: ``h' = where(active, layer(h), h_in)`` with ``h_in`` the
-    segment's input, which already holds the frozen state of the rows that are not active. So K and V of these rows
-    come from their frozen state. With ``zero_pad`` the K and V of these rows are set to zero where they enter the
-    cache (or, without a cache, attention).
+    Before: ``h' = layer(h)``. After, behind every layer: ``h' = where(left, h_in, layer(h))`` with ``h_in`` the
+    segment's input, which already holds the frozen state of the rows that have left. So K and V of these rows come
+    from their frozen state. With ``zero_pad`` they are set to zero where they enter the cache (or, without a cache,
+    attention). Padding does not leave: recurrent layers carry what they make of it on to real tokens.
 
     Safe because rows only meet in attention, and active rows see there exactly the K and V that the eager
     reference gives them. Left out when a call has one row: then all rows have exited or none has.
@@ -35,19 +35,24 @@ def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
     graph, inputs = gm.graph, piece.inputs
     placeholders = graph.find_nodes(op="placeholder")
     frozen = placeholders[inputs.index(HIDDEN)]
-    if ACTIVE in inputs:
-        active = placeholders[inputs.index(ACTIVE)]
-    else:
-        like = value_of(frozen)
-        active = add_placeholder(graph, ACTIVE, like.new_empty(like.shape[:2], dtype=torch.bool))
-        inputs = (*inputs, ACTIVE)
+    rows = {}
+    for name in (ACTIVE, VALID):
+        if name in inputs:
+            rows[name] = placeholders[inputs.index(name)]
+        else:
+            like = value_of(frozen)
+            rows[name] = add_placeholder(graph, name, like.new_empty(like.shape[:2], dtype=torch.bool))
+            inputs = (*inputs, name)
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        running = call(graph, torch.logical_or, rows[ACTIVE], call(graph, torch.logical_not, rows[VALID]))
     if plan.settings.kv_cache_strategy == "zero_pad":
         for source in find_kv_sources(graph, frozen, len(plan.segment_layers(segment))):
-            zero_rows(graph, source, active)
+            zero_rows(graph, source, running)
     boundaries = {plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)}
     for node in [n for n in graph.nodes if n.name in boundaries]:
         with graph.inserting_after(node):
-            column = call(graph, "unsqueeze", active, -1)
+            column = call(graph, "unsqueeze", running, -1)
         with graph.inserting_after(column):
             merged = graph.call_function(torch.where, (column, node, frozen))
         merged.meta["example_value"] = value_of(node)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 # Environment names of the values that the executor keeps between pieces.
 HIDDEN = "tide_hidden"  # [B, S, H] residual stream after the latest segment
 ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are padding
+VALID = "tide_valid"  # [B, S] bool, rows that are no padding: ACTIVE as it was at first
 LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
 COUNTS = "tide_counts"  # [2] int64, rows leaving now and rows still active after that
 OUT = "tide_out"  # [B, S, H] projected states of the rows that have left

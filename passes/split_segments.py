@@ -6,7 +6,7 @@ import operator
 
 import torch
 from tide_compile.passes.find_layers import layer_of_nodes
-from tide_compile.passes.fx_tools import add_placeholder, call, output_nodes, value_of
+from tide_compile.passes.fx_tools import add_placeholder, call, output_nodes, shape_of, value_of
 from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
@@ -86,6 +86,9 @@ def _mark_active(prologue: Piece, plan: Plan) -> Piece:
 
 
 def _visible(graph: Graph, mask: Node, rows: Node) -> Node:
+    if value_of(mask).dim() == 4 and shape_of(mask)[2] == "1" != shape_of(rows)[1]:  # the same for all queries
+        mask = call(graph, operator.getitem, mask, (slice(None), 0, 0))
+        mask = mask if value_of(mask).dtype == torch.bool else call(graph, torch.ge, mask, 0)
     if value_of(mask).dim() == 2:  # [B, L]: the last S columns are the tokens of this call
         length = call(graph, "size", rows, 1)
         start = call(graph, operator.sub, call(graph, "size", mask, 1), length)

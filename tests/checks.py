@@ -21,12 +21,12 @@ def assert_close(got, want):
     assert error <= bound, f"largest difference {error:.2e}, allowed {bound:.2e}"
 
 
-def threshold_between(model, bank, share, cache, batch, **settings):
+def threshold_between(model, bank, share, cache, batch, padding=3, **settings):
     """A threshold that about ``share`` of the tokens exceed at some checkpoint, halfway between two scores so that
     rounding cannot change an exit."""
     config = TIDEConfig(exit_threshold=0.999, **settings)
     with tide_compile.eager_reference(model, bank, config) as reference:
-        logits_of(model, model, cache, batch)
+        logits_of(model, model, cache, batch, padding=padding)
     calls = [torch.stack(list(call.values())).flatten(1) for call in reference.scores]  # each (checkpoints, tokens)
     target = torch.cat([call.amax(0) for call in calls]).quantile(1 - share)
     scores = torch.cat([call.flatten() for call in calls]).sort().values
@@ -36,15 +36,15 @@ def threshold_between(model, bank, share, cache, batch, **settings):
     return ((scores[best] + scores[best + 1]) / 2).item()
 
 
-def check(model, bank, cache, batch, threshold, **settings):
+def check(model, bank, cache, batch, threshold, fullgraph=False, padding=3, **settings):
     """Run a model compiled and by the eager reference: same exit layers, logits within tolerance. Returns the exits."""
     config = TIDEConfig(exit_threshold=threshold, **settings)
     with tide_compile.eager_reference(model, bank, config) as reference:
-        want = logits_of(model, model, cache, batch)
+        want = logits_of(model, model, cache, batch, padding=padding)
     options = {"router": bank, "exit_threshold": threshold, **settings}
-    compiled = torch.compile(model, backend="tide", options=options)
+    compiled = torch.compile(model, backend="tide", options=options, fullgraph=fullgraph)
     with tide_compile.record_exits(per_token=True) as stats:
-        got = logits_of(model, compiled, cache, batch)
+        got = logits_of(model, compiled, cache, batch, padding=padding)
     for ours, theirs in zip(stats.exit_layers, reference.exit_layers, strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(got, want, strict=True):

@@ -54,17 +54,21 @@ def prompt(batch: int, length: int = 9, padding: int = 3) -> tuple[torch.Tensor,
     return ids, mask
 
 
-def logits_of(model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int = 4) -> list[torch.Tensor]:
+def logits_of(
+    model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int = 4, padding: int = 3
+) -> list[torch.Tensor]:
     """Logits of a prompt and, with a cache, of ``steps`` decoded tokens, without those of padding: [T, V] each.
 
     ``cache``: one of ``CACHES``, or ``own``: what the model makes itself.
     """
-    return list(_logits(model, call, cache, batch, steps))
+    return list(_logits(model, call, cache, batch, steps, padding))
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int) -> Iterator[torch.Tensor]:
-    ids, mask = prompt(batch)
+def _logits(
+    model: PreTrainedModel, call: Callable, cache: str, batch: int, steps: int, padding: int
+) -> Iterator[torch.Tensor]:
+    ids, mask = prompt(batch, padding=padding)
     extra = {
         "none": lambda: {"use_cache": False},
         "own": lambda: {"use_cache": True},

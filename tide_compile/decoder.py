@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tide_compile.errors import LayersNotFoundError, PaddingError
 from tide_compile.norms import fit_norm_maybe
-from tide_compile.passes.find_padding import mask_too_short
+from tide_compile.passes.find_padding import does_not_fit
 from tide_compile.routers import Norm
 
 LayerCallback = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -81,8 +81,8 @@ class Decoder:
 
 @torch.no_grad()
 def find_decoder(model: nn.Module) -> Decoder:
-    """Run one token through a causal language model and see which list of modules is its decoder: the longest one whose
-    members are each called once and return a [B, S, H] state.
+    """Run one token through a causal language model and see which list of modules is its decoder: of the lists whose
+    members all run, the one that holds most parameters. Each member must run once and return a [B, S, H] state.
 
     Raises:
         LayersNotFoundError: there is no such list.
@@ -96,13 +96,12 @@ def find_decoder(model: nn.Module) -> Decoder:
     returned: dict[nn.Module, list[object]] = {}
     for module, _, output in calls:
         returned.setdefault(module, []).append(output)
-    once = {n: m for n, m in lists.items() if all(len(returned.get(layer, ())) == 1 for layer in m)}
-    found = {n: m for n, m in once.items() if all(_is_state(_hidden(returned[layer][0])) for layer in m)}
-    if not found:
+    run = {n: m for n, m in lists.items() if all(layer in returned for layer in m)}
+    outer = [n for n in run if not any(n.startswith(f"{o}.") for o in run)]
+    path = max(outer, key=lambda n: sum(p.numel() for layer in run[n] for p in layer.parameters()), default=None)
+    if path is None or not all(_is_layer(returned[layer]) for layer in run[path]):
         raise LayersNotFoundError(_why_not(model, lists, returned))
-    outer = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
-    path = max(outer, key=lambda n: len(found[n]))
-    layers = found[path]
+    layers = run[path]
     outputs = [returned[layer][0] for layer in layers]
     lengths = tuple(len(o) if isinstance(o, tuple | list) else 0 for o in outputs)
     last = _hidden(outputs[-1])
@@ -142,8 +141,9 @@ def _why_not(model: nn.Module, lists: dict[str, tuple[nn.Module, ...]], returned
     )
 
 
-def _is_state(value: Tensor | None) -> bool:
-    return value is not None and value.dim() == 3 and value.shape[:2] == (1, 1)
+def _is_layer(results: list[object]) -> bool:
+    state = _hidden(results[0])
+    return len(results) == 1 and state is not None and state.dim() == 3 and state.shape[:2] == (1, 1)
 
 
 def valid_tokens(attention_mask: Tensor | Mapping[str, Tensor] | None, rows: Tensor) -> Tensor:
@@ -151,15 +151,19 @@ def valid_tokens(attention_mask: Tensor | Mapping[str, Tensor] | None, rows: Ten
     attention, for hidden states ``rows`` [B, S, H].
 
     Raises:
-        PaddingError: the mask has fewer columns than there are rows.
+        PaddingError: the mask does not fit.
     """
     if isinstance(attention_mask, Mapping):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if attention_mask is None:
         return torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+    if attention_mask.dim() == 4 and attention_mask.shape[2] == 1 != rows.shape[1]:  # the same for all queries
+        attention_mask = attention_mask[:, 0, 0]
+        attention_mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
     if attention_mask.dim() == 2:
-        if attention_mask.shape[1] < rows.shape[1]:
-            raise PaddingError(mask_too_short(attention_mask.shape[1], rows.shape[1]))
+        message = does_not_fit(attention_mask.shape, rows.shape)
+        if message:
+            raise PaddingError(message)
         return attention_mask[:, -rows.shape[1] :].bool()
     visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
     return visible[:, 0].any(-1).expand(rows.shape[:2])

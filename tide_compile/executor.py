@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tide_compile.errors import RouterMismatchError
-from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, Plan, Program, Settings
+from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, VALID, Plan, Program, Settings
 from tide_compile.stats import PADDING, active_recorders
 
 
@@ -75,7 +75,7 @@ class Executor:
         self.plan = plan
         names = [*program.arguments, *program.constants, THRESHOLD]
         names += [n for piece in program.pieces.values() for n in (*piece.inputs, *piece.outputs)]
-        slots = {name: i for i, name in enumerate(dict.fromkeys([*names, HIDDEN, ACTIVE, OUT, LEAVE, COUNTS]))}
+        slots = {name: i for i, name in enumerate(dict.fromkeys([*names, HIDDEN, ACTIVE, VALID, OUT, LEAVE, COUNTS]))}
 
         def call(name: str) -> _Call | None:
             piece = program.pieces.get(name)
@@ -95,7 +95,7 @@ class Executor:
             )
             for i in range(plan.num_segments)
         )
-        self._hidden, self._active, self._out = slots[HIDDEN], slots[ACTIVE], slots[OUT]
+        self._hidden, self._active, self._valid, self._out = (slots[n] for n in (HIDDEN, ACTIVE, VALID, OUT))
         self._leave, self._counts = slots[LEAVE], slots[COUNTS]
         self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
         self._threshold, self._settings_for = threshold, settings_for
@@ -110,9 +110,10 @@ class Executor:
     def __call__(self, *arguments: object) -> tuple:
         env = [*arguments, *self._constants_of(arguments)]
         self._prologue(env)
+        valid = env[self._valid] = env[self._active]
         recorders = active_recorders()
-        trace = _Trace(env[self._active], self.plan) if any(r.per_token for r in recorders) else None
-        valid, exits, remaining = env[self._active], {}, None
+        trace = _Trace(valid, self.plan) if any(r.per_token for r in recorders) else None
+        exits, remaining = {}, None
         for segment in self._segments:
             if exits and remaining == 0:
                 if segment.fill is not None:
@@ -131,7 +132,8 @@ class Executor:
                 if trace is not None:
                     trace.leave(segment.checkpoint, env[self._leave])
         if env[self._out] is not None:
-            env[self._hidden] = torch.where(env[self._active].unsqueeze(-1), env[self._hidden], env[self._out])
+            left = valid & ~env[self._active]
+            env[self._hidden] = torch.where(left.unsqueeze(-1), env[self._out], env[self._hidden])
         self._epilogue(env)
         for recorder in recorders:
             recorder.add(len(self.plan.layers), exits, valid if remaining is None else remaining)

@@ -43,18 +43,19 @@ class Reference:
         self.scores: list[dict[int, Tensor]] = []
         self.mask: object = None
         self.exited: Tensor | None = None
+        self.frozen: Tensor | None = None
 
     def start(self, mask: object) -> None:
-        self.mask, self.exited = mask, None
+        self.mask, self.exited, self.frozen = mask, None, None
 
     def after_layer(self, layer: int, entered: Tensor, hidden: Tensor) -> Tensor:
         if layer == 0:
             self.valid = valid_tokens(self.mask, hidden)
-            self.exited = torch.zeros_like(self.valid)
+            self.exited = self.frozen = torch.zeros_like(self.valid)
             self.out = torch.zeros_like(hidden)
             self.exit_layers.append(torch.where(self.valid, self.last, PADDING))
             self.scores.append({})
-        hidden = torch.where(self.exited.unsqueeze(-1), entered, hidden)
+        hidden = torch.where(self.frozen.unsqueeze(-1), entered, hidden)
         if layer in self.checkpoints:
             self.decide(layer, hidden)
         return torch.where(self.exited.unsqueeze(-1), self.out, hidden) if layer == self.last else hidden
@@ -71,6 +72,8 @@ class Reference:
         else:
             self.out = project_reference(hidden, leave, self.out, *s.projections[layer])
         self.exited = self.exited | leave
+        running = (self.valid & ~self.exited).any()  # padding runs as long as any token does
+        self.frozen = self.exited if running else torch.ones_like(self.exited)
         self.exit_layers[-1] = torch.where(leave, layer, self.exit_layers[-1])
         self.scores[-1][layer] = score
 
@@ -103,25 +106,25 @@ def eager_reference(
 
 def _zeroing(reference: Reference):
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if reference.exited is None or not reference.exited.any():
+        if reference.frozen is None or not reference.frozen.any():
             return None
         arguments = call_arguments(module, args, kwargs)
         names = inspect.signature(module.forward).parameters
         name = next(n for n in names if n == "cache" or "past" in n)  # transformers 5.24 renamed it
-        return (), {**arguments, name: _ZeroingCache(arguments.get(name), reference.exited)}
+        return (), {**arguments, name: _ZeroingCache(arguments.get(name), reference.frozen)}
 
     return hook
 
 
 class _ZeroingCache:
-    """A cache whose new K and V [B, heads, S, D] are zero for exited tokens; without a cache behind it, it only hands
+    """A cache whose new K and V [B, heads, S, D] are zero for frozen tokens; without a cache behind it, it only hands
     them on to attention."""
 
-    def __init__(self, cache: object, exited: Tensor) -> None:
-        self._cache, self._exited = cache, exited
+    def __init__(self, cache: object, frozen: Tensor) -> None:
+        self._cache, self._frozen = cache, frozen
 
     def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        rows = self._exited[:, None, :, None]
+        rows = self._frozen[:, None, :, None]
         keys, values = torch.where(rows, 0, keys), torch.where(rows, 0, values)
         return (keys, values) if self._cache is None else self._cache.update(keys, values, *args, **kwargs)
 
