@@ -11,11 +11,11 @@ in Inductor.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -107,7 +107,9 @@ def _compare(model: PreTrainedModel, bank: RouterBank, cache: str, padding: int)
     try:
         try:
             _compare_with(model, bank, cache, padding, stock, fullgraph=True)
-        except torch._dynamo.exc.TorchDynamoException:
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(error, TideError):
+                raise
             _compare_with(model, bank, cache, padding, stock, fullgraph=False)
     except Exception as error:
         return (REFUSED if isinstance(error, TideError | RecompileError) else WRONG), _said(error)
@@ -146,14 +148,24 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {re.split(r'(?<=[a-z])[.:] (?=[A-Z])', text)[0][:200]}"
 
 
-def examine_all(families: list[str], processes: int, report: Callable[[Row], None]) -> list[Row]:
-    """``examine`` in some processes at a time, each used for ten families; ``report`` hears of each row at once."""
+def examine_all(families: list[str], processes: int, path: Path | None) -> list[Row]:
+    """``examine`` in some processes at a time, each used for ten families.
+
+    Rows are printed and appended to the file ``path`` (JSON lines) as they come; a family that is there already is not
+    run again, so a run that was cut short goes on where it was.
+    """
+    known = {}
+    if path is not None and path.is_file():
+        known = {row.family: row for row in (Row(**json.loads(line)) for line in path.read_text().splitlines())}
+    left = [family for family in families if family not in known]
     with get_context("spawn").Pool(processes, maxtasksperchild=10) as pool:
-        rows = []
-        for row in tqdm(pool.imap(examine, families), total=len(families), unit="family", disable=None):
-            report(row)
-            rows.append(row)
-    return rows
+        for row in tqdm(pool.imap_unordered(examine, left), total=len(left), unit="family", disable=None):
+            known[row.family] = row
+            tqdm.write("  ".join(filter(None, row.cells())))
+            if path is not None:
+                with path.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+    return [known[family] for family in families]
 
 
 def summary(rows: list[Row]) -> str:
@@ -182,11 +194,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="model types (default: all)")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rows", type=Path, help="keep results in this file (JSON lines) and do not run those in it")
     parser.add_argument("--markdown", type=Path, help="write the matrix to this file")
     arguments = parser.parse_args()
-    rows = examine_all(
-        arguments.families or names(), arguments.processes, lambda row: tqdm.write("  ".join(filter(None, row.cells())))
-    )
+    rows = examine_all(arguments.families or names(), arguments.processes, arguments.rows)
     print(f"\n{machine()}\n{summary(rows)}")
     if arguments.markdown:
         write_markdown(rows, arguments.markdown, "python -m bench.families --markdown docs/families.md")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
+from tide_compile.passes.errors import GraphError
 from tide_compile.passes.find_layers import layer_of_nodes
 from tide_compile.passes.fx_tools import add_placeholder, call, output_nodes, shape_of, value_of
 from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
@@ -31,10 +32,16 @@ def split_segments(gm: GraphModule, plan: Plan) -> Program:
 
     arguments = tuple(n.name for n in gm.graph.find_nodes(op="placeholder"))
     results = tuple(_result(n) for n in output_nodes(gm.graph))
-    split = split_module(
-        gm, gm, parts.__getitem__, keep_original_order=True, keep_original_node_name=True, tuple_return=True,
-        partition_affix="tide",
-    )  # fmt: skip
+    try:
+        split = split_module(
+            gm, gm, parts.__getitem__, keep_original_order=True, keep_original_node_name=True, tuple_return=True,
+            partition_affix="tide",
+        )  # fmt: skip
+    except RuntimeError as error:  # torch 2.13: the size of an argument is a number read from another one
+        raise GraphError(
+            f"torch's split_module cannot cut this graph ({error}): the model reads the length of the cache as a "
+            "number, and the size of another argument is made of it. Use a DynamicCache."
+        ) from error
     residual = {
         plan.boundaries.entering,
         *(plan.boundaries.leaving[layer] for layer in (*plan.cuts, len(plan.layers) - 1)),

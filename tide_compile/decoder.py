@@ -58,7 +58,7 @@ class Decoder:
         with ExitStack() as stack:
             for index, layer in enumerate(self.layers):
                 hook = _layer_hook(index, callback)
-                stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
     def final_norm(self) -> Norm:

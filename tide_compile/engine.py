@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from tide_compile.config import TIDEConfig
-from tide_compile.generate_guard import routed_through
+from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
@@ -23,7 +23,7 @@ class TIDE:
     """Early-exit inference for a transformers causal language model.
 
     Args:
-        model: the model; it is not changed.
+        model: the model, or a wrapper with adapters around it; it is not changed.
         router_path: a router file (also a ``router.pt`` of tide-inference), a ``RouterBank``, or None for routers that
             were attached or are in the router cache.
         config: settings; ``exit_threshold=1.0`` needs no routers.
@@ -35,6 +35,7 @@ class TIDE:
 
     Raises:
         NoRouterError, RouterMismatchError, RouterFileError: about the routers.
+        ConfigError: there is no transformers model here, or a wrapper does more than call it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TIDE:
         *,
         mode: str | None = None,
     ) -> None:
+        model = generating_model(model)
         self.config = config or TIDEConfig()
         options = self.config.to_dict()
         if self.config.exit_threshold < 1:
@@ -62,6 +64,7 @@ class TIDE:
         self.model._prepare_static_cache = self._static_cache
         self.model.generate = self._generate
         self._cache: StaticCache | None = None
+        self._recorded: set[str] = set()  # outputs that have been asked for before
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
 
@@ -99,6 +102,12 @@ class TIDE:
         return result
 
     def _forward(self, *args: object, **kwargs: object) -> object:
+        wanted = {n for n, value in kwargs.items() if n.startswith("output_") and value}
+        if wanted - self._recorded:  # transformers hooks the model in the first such call, which no graph can hold
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            with torch.no_grad():
+                self._compiled._orig_mod.forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
+            self._recorded |= wanted
         _mark_prompt_length(kwargs)
         return self._compiled(*args, **kwargs)
 

@@ -12,8 +12,12 @@ import copy
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from transformers import GenerationMixin
+
+from tide_compile.errors import ConfigError
 
 _TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
 
@@ -39,13 +43,43 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
 
     It shares all modules, parameters and buffers with the model, which stays as it is. transformers' own compilation
     of static-cache decoding, which would put plain Inductor in the place of tide, is switched off in it.
+
+    Raises:
+        ConfigError: the model is a wrapper whose ``generate`` calls the model inside, past what is compiled.
     """
     if _TWIN not in compiled.__dict__:
         model = compiled._orig_mod
+        if not isinstance(model, GenerationMixin):
+            raise ConfigError(
+                f"{type(model).__name__}.generate calls the model inside it, which is not the compiled one. Use "
+                "tide_compile.TIDE(model), or compile the transformers model inside."
+            )
         twin = compiled.__dict__[_TWIN] = copy.copy(model)
         twin._compiled_call_impl = call or compiled.__call__
         twin._valid_auto_compile_criteria = lambda *_: False
     return compiled.__dict__[_TWIN]
+
+
+def generating_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, or the one inside a wrapper (adapters).
+
+    Raises:
+        ConfigError: there is none, or the wrapper does more than call it.
+    """
+    if isinstance(model, GenerationMixin):
+        return model
+    inner = next((m for m in model.modules() if isinstance(m, GenerationMixin)), None)
+    if inner is None:
+        raise ConfigError(f"{type(model).__name__} holds no transformers model that generates. Pass one.")
+    ids = torch.zeros(1, 2, dtype=torch.long, device=inner.device)
+    with torch.no_grad():
+        whole, part = (m(input_ids=ids, use_cache=False).logits for m in (model, inner))
+    if not torch.equal(whole, part):
+        raise ConfigError(
+            f"{type(model).__name__} does more than call the {type(inner).__name__} inside it (tokens or states of "
+            "its own), and generation with exits would leave that out. Merge it into the model first."
+        )
+    return inner
 
 
 def _backend_name(compiled: OptimizedModule) -> str | None:
