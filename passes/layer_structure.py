@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -119,22 +120,25 @@ def _extent(blocks: list[_Block], period: int) -> tuple[int, int]:
     """The first block of the first layer and the number of layers: the longest run of periods that are alike."""
     best = (0, 0)
     for start in range(1, 1 + period):
-        groups = [blocks[i : i + period] for i in range(start, len(blocks) - period + 1, period)]
-        groups = [group for group in groups if any(b.heavy for b in group)]
+        firsts = range(start, len(blocks) - period + 1, period)
+        groups = {i: blocks[i : i + period] for i in firsts if any(b.heavy for b in blocks[i : i + period])}
         alike = _alike(groups)
-        for first in range(len(groups)):
-            count = next((i for i, ok in enumerate(alike[first:]) if not ok), len(groups) - first)
+        for first in groups:
+            count = len(
+                list(itertools.takewhile(lambda i, alike=alike: alike.get(i, False), range(first, len(blocks), period)))
+            )
             if count > best[1]:
-                best = (start + first * period, count)
+                best = (first, count)
     return best
 
 
-def _alike(groups: list[list[_Block]]) -> list[bool]:
+def _alike(groups: dict[int, list[_Block]]) -> dict[int, bool]:
     """Which groups have, in each light place, the block that most have there, and so in at least one heavy place."""
-    usual = [Counter(b.label for b in place).most_common(1)[0][0] for place in zip(*groups, strict=True)]
-    heavy = [Counter(b.heavy for b in place).most_common(1)[0][0] for place in zip(*groups, strict=True)]
-    return [
-        all(b.heavy == h and (h or b.label == u) for b, u, h in zip(group, usual, heavy, strict=True))
+    places = list(zip(*groups.values(), strict=True))
+    usual = [Counter(b.label for b in place).most_common(1)[0][0] for place in places]
+    heavy = [Counter(b.heavy for b in place).most_common(1)[0][0] for place in places]
+    return {
+        i: all(b.heavy == h and (h or b.label == u) for b, u, h in zip(group, usual, heavy, strict=True))
         and any(b.label == u for b, u, h in zip(group, usual, heavy, strict=True) if h)
-        for group in groups
-    ]
+        for i, group in groups.items()
+    }

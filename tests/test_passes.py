@@ -13,7 +13,9 @@ from tide_compile.passes.verify import verify
 from torch import nn
 from transformers import StaticCache
 
-from tests.models import HIDDEN, LAYERS, prompt, tiny
+from bench.family_configs import build
+from tests.checks import check
+from tests.models import CONFIGS, HIDDEN, LAYERS, prompt, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import (
     BoundaryNotUniqueError,
@@ -21,6 +23,8 @@ from tide_compile.errors import (
     KVNotFoundError,
     LayersNotFoundError,
     LayersSplitError,
+    NothingToSkipError,
+    PaddingError,
     VerificationError,
 )
 
@@ -118,9 +122,60 @@ def test_nested_lists_are_not_layers():
     assert len(plan.layers) == 3
 
 
+@pytest.mark.parametrize("decode", [False, True], ids=["prompt", "decode"])
+@pytest.mark.parametrize("name", [*CONFIGS, "qwen3_next", "deepseek_v3", "roberta", "falcon"])
+def test_layers_by_structure(name, decode):
+    """Without a word about modules in the graph: the same boundaries as with names. Catches a layer cut in two where
+    layers differ (windows, experts, state-space), where norms follow, and embeddings or norms taken for layers."""
+    model = tiny(name) if name in CONFIGS else build(name)
+    if decode:
+        gm = decode_graph(2, model=model)
+    else:
+        (gm,) = capture(model, prompt(2)[0], use_cache=False)
+    _, named = passes(gm, settings())
+    for node in gm.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    _, found = passes(gm, settings())
+    assert found.layers.prefix == "repeated blocks"
+    assert (found.boundaries.entering, found.boundaries.leaving) == (
+        named.boundaries.entering,
+        named.boundaries.leaving,
+    )
+
+
 def test_no_layers():
-    (gm,) = capture(nn.Sequential(nn.Linear(4, 4)), torch.ones(2, 3, 4))
-    with pytest.raises(LayersNotFoundError, match="fallback"):
+    (gm,) = capture(nn.Bilinear(4, 4, 4), torch.ones(2, 3, 4), torch.ones(2, 3, 4))
+    with pytest.raises(NothingToSkipError):
+        passes(gm, settings())
+    wide = nn.MultiheadAttention(4, 2, batch_first=True).eval()
+    (gm,) = capture(wide, *[torch.ones(2, 3, 4)] * 3)
+    with pytest.raises(LayersNotFoundError, match="fallback") as caught:
+        passes(gm, settings())
+    assert not isinstance(caught.value, NothingToSkipError)
+
+
+def test_rest_of_a_broken_graph():
+    """A break behind the layers leaves a graph with the head alone: compiled as it is, exits stay."""
+    model = tiny("rmsnorm-rope-gqa")
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: (torch._dynamo.graph_break(), head(x))[1]
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    check(model, bank, "static", 2, 0.0, checkpoint_interval=1, min_layers=1, lowering="eager")
+
+
+def test_shared_keys_and_values_are_carried():
+    """Later layers read keys and values of earlier ones: computed for skipped layers too."""
+    (gm,) = capture(build("gemma4_text"), prompt(2)[0], use_cache=False)
+    program, _ = passes(gm, settings((0, 1)))
+    assert len(program.pieces["segment_1.fill"].outputs) >= 2
+
+
+def test_mask_under_another_name():
+    """Catches padding that is counted as text where a graph has a mask, but not the user's."""
+    model = tiny("rmsnorm-rope-gqa")
+    causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    (gm,) = capture(lambda ids, bias: model(ids, attention_mask=bias, use_cache=False), prompt(2)[0], causal)
+    with pytest.raises(PaddingError, match="graph break"):
         passes(gm, settings())
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _SAMPLES = 16
 
@@ -18,8 +19,17 @@ def fingerprint(parameters: Iterable[torch.Tensor]) -> str:
     those of its traced graph agree, provided the graph uses them all.
     """
     unique = {id(p): p for p in parameters}.values()
-    digests = sorted(_digest(p) for p in unique)
+    digests = sorted(_digest(part) for p in unique for part in _parts(p))
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors of a tensor subclass (quantised weights), or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def _digest(parameter: torch.Tensor) -> bytes:

@@ -1,0 +1,54 @@
+"""Half precision and quantised weights: calibrate, compile, compare with the eager reference; on a tiny model."""
+
+import pytest
+import torch
+
+import tide_compile
+from tests.checks import check, threshold_between
+from tests.models import prompt, tiny
+from tests.test_calibrate import Characters, texts
+from tide_compile import TIDEConfig, calibrate
+from tide_compile.fingerprint import fingerprint
+
+SETTINGS = {"min_layers": 1, "checkpoint_interval": 1}
+
+
+def quantised(dtype=torch.float32):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = tiny("rmsnorm-rope-gqa", dtype)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "lowering"),
+    [
+        (lambda: tiny("rmsnorm-rope-gqa", torch.float16), "eager"),
+        (lambda: tiny("layernorm-learned-positions", torch.bfloat16), "eager"),
+        (quantised, "eager"),
+        (quantised, "inductor"),  # tensor subclasses are taken apart by AOTAutograd, per piece
+    ],
+    ids=["float16", "bfloat16", "int8", "int8-inductor"],
+)
+def test_calibrate_and_compile(model, lowering):
+    model = model()
+    config = TIDEConfig(router_bottleneck_dim=8, **SETTINGS)
+    bank = calibrate(model, Characters(), config, dataset=texts(20), progress=False)
+    settings = {"lowering": lowering, **SETTINGS}
+    threshold = threshold_between(model, bank, 0.4, "static", 2, **settings)
+    stats = check(model, bank, "static", 2, threshold, **settings)
+    assert 0 < stats.exit_rate < 1
+
+
+def test_quantised_weights_have_a_fingerprint():
+    """Routers are found by the graph's parameters, which are subclasses here."""
+    model = quantised()
+    mark = fingerprint(model.parameters())
+    assert mark == fingerprint(quantised().parameters())
+    assert mark != fingerprint(tiny("rmsnorm-rope-gqa").parameters())
+    config = TIDEConfig(router_bottleneck_dim=8, **SETTINGS)
+    calibrate(model, Characters(), config, dataset=texts(20), progress=False)  # attaches
+    options = {"exit_threshold": 0.0, "lowering": "eager", **SETTINGS}
+    with torch.no_grad(), tide_compile.record_exits() as stats:
+        torch.compile(model, backend="tide", options=options)(prompt(1)[0], use_cache=False)
+    assert stats.exit_rate == 1
