@@ -23,7 +23,7 @@ class LayersNotFoundError(GraphError):
 
 
 class NothingToSkipError(LayersNotFoundError):
-    """The graph has no decoder layers and is too small to hold any: the rest of a model behind a graph break."""
+    """The graph has no decoder layers and no weights that could be of one: what a graph break has left over."""
 
 
 class LayersSplitError(GraphError):

@@ -13,7 +13,6 @@ from tide_compile.passes.plan import Layers, Plan
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-_ATTENTION = re.compile("attention|attn|softmax")
 _INDEXED = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -76,9 +75,9 @@ def layer_of_nodes(graph: Graph, layers: Layers) -> dict[Node, int]:
 
 
 def _is_rest(graph: Graph) -> bool:
-    """No attention, and no more weight matrices than embeddings and a head have: this is no part of a layer."""
-    matrices = sum(isinstance(value_of(n), nn.Parameter) and len(shape_of(n)) > 1 for n in graph.nodes)
-    return matrices <= 2 and not any(_ATTENTION.search(str(n.target)) for n in graph.nodes if n.op[:4] == "call")
+    """No weight matrix but for looking up embeddings: the weights of the model's layers are in other graphs."""
+    matrices = [n for n in graph.nodes if isinstance(value_of(n), nn.Parameter) and len(shape_of(n)) > 1]
+    return all(user.target is nn.functional.embedding for n in matrices for user in n.users)
 
 
 def _indexed_paths(node: Node) -> set[tuple[str, int]]:

@@ -145,22 +145,38 @@ def test_layers_by_structure(name, decode):
 
 def test_no_layers():
     (gm,) = capture(nn.Bilinear(4, 4, 4), torch.ones(2, 3, 4), torch.ones(2, 3, 4))
-    with pytest.raises(NothingToSkipError):
-        passes(gm, settings())
-    wide = nn.MultiheadAttention(4, 2, batch_first=True).eval()
-    (gm,) = capture(wide, *[torch.ones(2, 3, 4)] * 3)
     with pytest.raises(LayersNotFoundError, match="fallback") as caught:
         passes(gm, settings())
     assert not isinstance(caught.value, NothingToSkipError)
 
 
-def test_rest_of_a_broken_graph():
-    """A break behind the layers leaves a graph with the head alone: compiled as it is, exits stay."""
+class Broken(nn.Module):
+    """A model with graph breaks in front of its layers and behind its head."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, **kwargs):
+        embedded = self.inner.get_input_embeddings()(input_ids)
+        torch._dynamo.graph_break()
+        out = self.inner(inputs_embeds=embedded, **kwargs)
+        torch._dynamo.graph_break()
+        out.logits = out.logits * 2
+        return out
+
+
+def test_what_a_break_leaves_over():
+    """Graphs of embeddings or without weights are compiled as they are, and exits stay. Any other graph without layers
+    is refused: it may be a slice of a layer, and nobody would miss the exits."""
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    chosen = {"checkpoint_interval": 1, "min_layers": 1, "lowering": "eager"}
+    check(Broken(tiny("rmsnorm-rope-gqa")), bank, "none", 2, 0.0, **chosen)
     model = tiny("rmsnorm-rope-gqa")
     head = model.lm_head.forward
     model.lm_head.forward = lambda x: (torch._dynamo.graph_break(), head(x))[1]
-    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
-    check(model, bank, "static", 2, 0.0, checkpoint_interval=1, min_layers=1, lowering="eager")
+    with pytest.raises(LayersNotFoundError, match="graph_breaks"):
+        check(model, bank, "none", 2, 0.0, **chosen)
 
 
 def test_shared_keys_and_values_are_carried():
