@@ -182,9 +182,11 @@ def summary(rows: list[Row]) -> str:
 def write_markdown(rows: list[Row], path: Path, command: str) -> None:
     """The matrix as a page of documentation, written at once or not at all."""
     headers = ["family", "class", "layers", "cache", "result", "remarks"]
-    table = tabulate([r.cells() for r in rows], headers=headers, tablefmt="github", disable_numparse=True)
-    about = __doc__.split(":", 1)[1].strip().capitalize()
-    text = f"# Families\n\n{about}\n\n`{command}` on {machine()}.\n\n{summary(rows)}\n\n{table}\n"
+    table = tabulate(
+        [r.cells() for r in rows], headers=headers, tablefmt="github", disable_numparse=True, stralign=None
+    )
+    title, about = __doc__.split(":", 1)[1].strip().split("\n\n", 1)
+    text = f"# Families: {title}\n\n{about}\n\n`{command}` on {machine()}.\n\n{summary(rows)}\n\n{table}\n"
     temporary = path.with_suffix(".part")
     temporary.write_text(text)
     os.replace(temporary, path)
