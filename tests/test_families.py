@@ -12,7 +12,6 @@ EXPECTED = {
     "gemma3": PASS,  # a longer list of modules than the decoder's, which text does not run
     "gemma4_text": PASS,  # layers that share keys and values
     "hrm_text": REFUSED,  # runs its layers more than once for a token
-    "jamba": PASS,  # state-space and attention layers
     "mamba": PASS,  # vmap in the slices that fill skipped layers
     "ctrl": REFUSED,  # its mask is made before a graph break
     "openai-gpt": PASS,  # layers return lists; norms follow
