@@ -29,15 +29,13 @@ from transformers import PreTrainedModel
 from bench.family_configs import build, names
 from bench.report import machine
 from tests.checks import assert_close, check, threshold_between
-from tests.models import logits_of
+from tests.models import SETTINGS, logits_of
 from tide_compile import RouterBank
 from tide_compile.decoder import find_decoder
 from tide_compile.errors import TideError
 
-OK = "ok"
 PASS, REFUSED, NOT_BUILT, WRONG = "pass", "named error", "not built", "WRONG"
 BEST_FIRST = ("static", "dynamic", "own", "none")
-SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
 
 
 @dataclass(slots=True)

@@ -6,6 +6,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from tests.models import HIDDEN, LAYERS, tiny
+from tide_compile import RouterBank
+
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
@@ -24,3 +27,13 @@ def smollm2():
     from bench.models import load_model
 
     return load_model("smollm2", torch.float32)
+
+
+@pytest.fixture
+def model():
+    return tiny("rmsnorm-rope-gqa")
+
+
+@pytest.fixture
+def bank():
+    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)

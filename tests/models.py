@@ -32,6 +32,8 @@ CONFIGS = {
     ),
 }  # fmt: skip
 CACHES = ("none", "dynamic", "static")
+SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
+GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

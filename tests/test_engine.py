@@ -11,22 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import tide_compile
 from tests.checks import assert_close
-from tests.models import HIDDEN, LAYERS, VOCABULARY, prompt, tiny
+from tests.models import GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
-
-SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
-GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
-
-
-@pytest.fixture
-def model():
-    return tiny("rmsnorm-rope-gqa")
-
-
-@pytest.fixture
-def bank():
-    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
 
 
 def reference_text(model, bank, config, ids, mask, **kwargs):

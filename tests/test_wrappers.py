@@ -10,22 +10,9 @@ from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import tide_compile
 from tests.checks import assert_close
-from tests.models import HIDDEN, LAYERS, logits_of, prompt, tiny
-from tide_compile import TIDE, RouterBank, TIDEConfig
+from tests.models import GENERATE, LAYERS, SETTINGS, logits_of, prompt
+from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError
-
-SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
-GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
-
-
-@pytest.fixture
-def model():
-    return tiny("rmsnorm-rope-gqa")
-
-
-@pytest.fixture
-def bank():
-    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
 
 
 def reference_text(model, bank, config, ids, **kwargs):
