@@ -73,9 +73,12 @@ def examine(family: str) -> Row:
         row.why.append(_said(error))
         return row
     row.layers = len(decoder.layers)
+    idle = len(model.get_submodule(decoder.path)) - row.layers
+    if idle:
+        row.why.append(f"{idle} further layers run only with other inputs than text")
     config = model.config.get_text_config(decoder=True)
     expected = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")} - {None}
-    if row.layers not in expected:
+    if row.layers + idle not in expected:
         row.verdict = WRONG
         row.why.append(f"{row.layers} layers found, the config says {sorted(expected)}")
         return row

@@ -17,8 +17,9 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
        graph's output. Values that depend on no hidden state (sizes, a mask built in layer 0) are marked for hoisting
        into the prologue. Of the rest exactly one must have the shape of the hidden state. Those of other shapes are
        carried along (keys and values that several layers share): they are computed in skipped layers too.
-    2. In the graph of everything computed from the value that enters layer 0, without what is carried, each boundary
-       must lie on every path to the last boundary's successors: it is in the chain of immediate dominators (networkx).
+    2. In the graph of everything that the layers compute from the value that enters layer 0, without what is carried,
+       each boundary must lie on every path to the last boundary's successors: it is in the chain of immediate dominators
+       (networkx). What is computed before layer 0 is known to every layer and no bypass.
 
     Raises:
         BoundaryNotUniqueError: names the values that cross.
@@ -35,7 +36,8 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
         )
     shapes = set.intersection(*({shape_of(n) for n in values} for values in crossing))
     entering = _entering(graph, owner, shapes, layers)
-    flow = nx.DiGraph((n, u) for n in graph.nodes for u in n.users if u.op != "output")
+    behind = {entering, *(n for n in graph.nodes if owner[n] >= 0)}
+    flow = nx.DiGraph((n, u) for n in behind for u in n.users if u in behind and u.op != "output")
     flow = flow.subgraph({entering} | nx.descendants(flow, entering))
     written = {storage_of(a) for n in graph.nodes for a in mutated_arguments(n)} - {None}
     free = {n for n in owner if n not in flow and not mutated_arguments(n) and storage_of(n) not in written}

@@ -21,7 +21,8 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
 
     Dynamo records for each node the path of the module it came from, such as ``L['self'].model.layers.7.mlp``. Every
     path component that is a number is a candidate for a layer index; nested lists (experts in a layer) cover fewer
-    nodes than the list of layers and lose. A graph in which no list runs is searched for repeating blocks instead
+    nodes than the list of layers and lose. Members that do not run (cross attention without an image) are not counted:
+    a graph break would cut off all that come before or after. A graph in which no list runs is searched for repeating blocks instead
     (``layers_by_structure``).
 
     Raises:
@@ -49,7 +50,7 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
         )
     prefix, members = max(ordered.items(), key=lambda item: sum(map(len, item[1].values())))
     indices = sorted(members)
-    if indices != list(range(len(indices))):
+    if indices[0] != 0:
         raise LayersSplitError(
             f"this graph holds layers {indices[0]} to {indices[-1]} of {prefix!r}, {len(indices)} in all: a graph "
             "break cuts the model. Find it with TORCH_LOGS=graph_breaks and remove it, or pass "

@@ -14,10 +14,12 @@ EXPECTED = {
     "hrm_text": REFUSED,  # runs its layers more than once for a token
     "mamba": PASS,  # vmap in the slices that fill skipped layers
     "ctrl": REFUSED,  # its mask is made before a graph break
+    "mllama": PASS,  # layers of cross attention that text does not run
     "openai-gpt": PASS,  # layers return lists; norms follow
     "recurrent_gemma": PASS,  # carries padding on to real tokens
     "rwkv": PASS,  # takes no heed of the mask
     "xlnet": REFUSED,  # time comes before batch
+    "zamba2": PASS,  # later layers read the embeddings as well
 }
 
 

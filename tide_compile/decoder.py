@@ -81,8 +81,9 @@ class Decoder:
 
 @torch.no_grad()
 def find_decoder(model: nn.Module) -> Decoder:
-    """Run one token through a causal language model and see which list of modules is its decoder: of the lists whose
-    members all run, the one that holds most parameters. Each member must run once and return a [B, S, H] state.
+    """Run one token through a causal language model and see which list of modules is its decoder: of the lists of which
+    two or more members run, the one that holds most parameters. Each of these must run once and return a [B, S, H]
+    state; others (cross attention without an image) are no layers of this model.
 
     Raises:
         LayersNotFoundError: there is no such list.
@@ -96,7 +97,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     returned: dict[nn.Module, list[object]] = {}
     for module, _, output in calls:
         returned.setdefault(module, []).append(output)
-    run = {n: m for n, m in lists.items() if all(layer in returned for layer in m)}
+    run = {n: tuple(layer for layer in m if layer in returned) for n, m in lists.items()}
+    run = {n: m for n, m in run.items() if len(m) > 1}
     outer = [n for n in run if not any(n.startswith(f"{o}.") for o in run)]
     path = max(outer, key=lambda n: sum(p.numel() for layer in run[n] for p in layer.parameters()), default=None)
     if path is None or not all(_is_layer(returned[layer]) for layer in run[path]):
@@ -129,7 +131,7 @@ def _calls_of_one_token(model: nn.Module, watched: set[nn.Module]) -> list[tuple
 def _why_not(model: nn.Module, lists: dict[str, tuple[nn.Module, ...]], returned: dict[nn.Module, list[object]]) -> str:
     name = type(model).__name__
     longest = max(lists, key=lambda n: (sum(layer in returned for layer in lists[n]), len(lists[n])))
-    times = sorted({len(returned.get(layer, ())) for layer in lists[longest]})
+    times = sorted({len(returned.get(layer, ())) for layer in lists[longest]} - {0}) or [0]
     if times != [1]:
         return (
             f"the {len(lists[longest])} members of {longest!r} of {name} run {' to '.join(map(str, times))} times for "
