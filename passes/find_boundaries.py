@@ -18,8 +18,8 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
        into the prologue. Of the rest exactly one must have the shape of the hidden state. Those of other shapes are
        carried along (keys and values that several layers share): they are computed in skipped layers too.
     2. In the graph of everything that the layers compute from the value that enters layer 0, without what is carried,
-       each boundary must lie on every path to the last boundary's successors: it is in the chain of immediate dominators
-       (networkx). What is computed before layer 0 is known to every layer and no bypass.
+       each boundary must lie on every path to the last boundary's successors: it is in the chain of immediate
+       dominators (networkx). What is computed before layer 0 is known to every layer and no bypass.
 
     Raises:
         BoundaryNotUniqueError: names the values that cross.

@@ -22,8 +22,8 @@ def find_layers(gm: GraphModule, plan: Plan) -> dict[str, Layers]:
     Dynamo records for each node the path of the module it came from, such as ``L['self'].model.layers.7.mlp``. Every
     path component that is a number is a candidate for a layer index; nested lists (experts in a layer) cover fewer
     nodes than the list of layers and lose. Members that do not run (cross attention without an image) are not counted:
-    a graph break would cut off all that come before or after. A graph in which no list runs is searched for repeating blocks instead
-    (``layers_by_structure``).
+    a graph break would cut off all that come before or after. A graph in which no list runs is searched for repeating
+    blocks instead (``layers_by_structure``).
 
     Raises:
         NothingToSkipError: nor is there a sign of any in the graph.
