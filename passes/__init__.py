@@ -5,6 +5,7 @@ fields of the ``Plan``; placement does so too, knowing the settings; rewrites tu
 the next one.
 """
 
+from tide_compile.passes.compact_rows import compact_rows
 from tide_compile.passes.fill_kv import fill_kv
 from tide_compile.passes.find_boundaries import find_boundaries
 from tide_compile.passes.find_layers import find_layers
@@ -16,4 +17,4 @@ from tide_compile.passes.split_segments import split_segments
 
 ANALYSES = (find_layers, find_boundaries, find_padding)
 PLACEMENT = (place_checkpoints,)
-REWRITES = (split_segments, fill_kv, splice_routers, mask_rows)
+REWRITES = (split_segments, fill_kv, splice_routers, mask_rows, compact_rows)

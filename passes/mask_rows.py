@@ -8,6 +8,7 @@ import torch
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
 from tide_compile.passes.plan import ACTIVE, HIDDEN, VALID, Piece, Plan, Program
+from torch.fx import Node
 
 
 def mask_rows(program: Program, plan: Plan) -> Program:
@@ -30,7 +31,13 @@ def mask_rows(program: Program, plan: Plan) -> Program:
     return Program(pieces, program.arguments, program.results, program.constants)
 
 
-def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
+def with_running_rows(piece: Piece, plan: Plan, segment: int) -> Piece:
+    """A copy of a piece that knows which rows are active and which are no padding, and in which, with ``zero_pad``, K and
+    V of rows that have left are zero."""
+    return _with_running_rows(piece, plan, segment)[0]
+
+
+def _with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, Node]:
     gm = copy.deepcopy(piece.graph)
     graph, inputs = gm.graph, piece.inputs
     placeholders = graph.find_nodes(op="placeholder")
@@ -49,6 +56,14 @@ def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
     if plan.settings.kv_cache_strategy == "zero_pad":
         for source in find_kv_sources(graph, frozen, len(plan.segment_layers(segment))):
             zero_rows(graph, source, running)
+    gm.recompile()
+    return Piece(gm, inputs, piece.outputs), running
+
+
+def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
+    piece, running = _with_running_rows(piece, plan, segment)
+    graph = piece.graph.graph
+    frozen = graph.find_nodes(op="placeholder")[piece.inputs.index(HIDDEN)]
     boundaries = {plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)}
     for node in [n for n in graph.nodes if n.name in boundaries]:
         with graph.inserting_after(node):
@@ -57,5 +72,5 @@ def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
             merged = graph.call_function(torch.where, (column, node, frozen))
         merged.meta["example_value"] = value_of(node)
         node.replace_all_uses_with(merged, delete_user_cb=lambda user, merged=merged: user is not merged)
-    gm.recompile()
-    return Piece(gm, inputs, piece.outputs)
+    piece.graph.recompile()
+    return piece

@@ -16,7 +16,8 @@ HIDDEN = "tide_hidden"  # [B, S, H] residual stream after the latest segment
 ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are padding
 VALID = "tide_valid"  # [B, S] bool, rows that are no padding: ACTIVE as it was at first
 LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
-COUNTS = "tide_counts"  # [2] int64, rows leaving now and rows still active after that
+ROWS = "tide_rows"  # [n] or [B, n] int64, the tokens that a compact segment runs
+COUNTS = "tide_counts"  # [3] int64: rows leaving now, rows still active after that, the most of them in a sequence
 OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
 THRESHOLD = "tide_threshold"  # [] fp32
 
@@ -129,7 +130,7 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Program:
     """The model cut into pieces. Keys: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``, ``segment_<i>.fill``,
-    ``project_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the environment names of what the Dynamo graph
+    ``segment_<i>.compact``, ``project_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the environment names of what the Dynamo graph
     took and returned (a result may also be a constant). ``constants`` are the tensors the rewrites bound (routers,
     projections)."""
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from tide_compile import generate_guard
+from tide_compile.compaction import Compaction
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError
 from tide_compile.executor import Executor
@@ -62,7 +63,8 @@ def tide_backend(
     runnables = lower(program, config.lowering, mode)
     log.info("%d layers, exits after layers %s", len(plan.layers), list(plan.checkpoints) or "none")
     version = functools.partial(version_of, router)
-    return Executor(program, plan, runnables, config.exit_threshold, example_inputs, settings_for, version)
+    policy = Compaction(program, plan, config)
+    return Executor(program, plan, runnables, config.exit_threshold, policy, example_inputs, settings_for, version)
 
 
 def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:

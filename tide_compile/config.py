@@ -15,6 +15,7 @@ _CHOICES = {
     "calibration_label": ("agreement", "cosine"),
     "lowering": ("inductor", "eager"),
     "fallback": (None, "inductor"),
+    "compaction": ("auto", "always", "never"),
 }
 _SHARES = ("convergence_threshold", "compaction_threshold", "exit_threshold")
 _POSITIVE = ("min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim")
@@ -33,7 +34,9 @@ class TIDEConfig:
             when running).
         kv_cache_strategy: what skipped layers keep for an exited token: ``"propagate"`` (K and V of its frozen state)
             or ``"zero_pad"`` (zeros, as the reference).
-        compaction_threshold: share of rows that must have left before the rest is compacted.
+        compaction: whether segments leave out rows that have exited: ``"auto"`` (where the cost model says that it
+            pays), ``"always"`` or ``"never"`` (they are masked).
+        compaction_threshold: share of active rows that must have left since the last decision before the next.
         calibration_samples: number of texts read by ``calibrate``.
         calibration_dataset: a data set name, a local text or jsonl file, or ``"pydoc"``.
         calibration_label: what a router learns: ``"agreement"`` (the exited state predicts the full model's token) or
@@ -50,6 +53,7 @@ class TIDEConfig:
     checkpoint_interval: int = 4
     exit_strategy: str = "auto"
     kv_cache_strategy: str = "propagate"
+    compaction: str = "auto"
     compaction_threshold: float = 0.25
     calibration_samples: int = 2000
     calibration_dataset: str = "wikitext"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from operator import itemgetter
 import torch
 from torch import nn
 
+from tide_compile.compaction import Compaction
 from tide_compile.errors import RouterMismatchError
-from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, THRESHOLD, VALID, Plan, Program, Settings
-from tide_compile.stats import PADDING, active_recorders
+from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, ROWS, THRESHOLD, VALID, Plan, Program, Settings
+from tide_compile.stats import PADDING, ExitStats, active_recorders
+
+log = logging.getLogger("tide_compile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,10 @@ class _Call:
 class _Segment:
     """The variants of one segment; ``checkpoint`` is the layer of the router that closes it, or None."""
 
+    name: str
     plain: _Call
     masked: _Call | None
+    compact: _Call | None
     fill: _Call | None
     project: _Call | None
     checkpoint: int | None
@@ -45,7 +51,8 @@ class Executor:
     After each checkpoint one host read says how many rows leave and how many go on:
 
     * nobody has left yet: the next segment as it is;
-    * some have: the masked segment, in which exited rows keep their frozen state;
+    * some have: the masked segment, in which exited rows keep their frozen state, or the compact one, which leaves them
+      out, once enough have left and where that pays (``Compaction``);
     * nobody is left: the K/V slices of the remaining segments, then the epilogue.
 
     Dynamo runs the code of one model for any other of the same shape, and for the same model when it has got new
@@ -56,7 +63,7 @@ class Executor:
         program: the pieces' inputs and outputs by name.
         plan: the plan they were built from.
         runnables: the compiled pieces by name (``lowering.lower``).
-        threshold: the exit threshold, 0..1.
+        threshold: the exit threshold, 0..1. compaction: the policy.
         example_inputs: of the graph; the routers in ``program`` belong to the model they come from.
         settings_for: finds the settings for the inputs of another model.
         version: of the routers; looked at on every call.
@@ -68,6 +75,7 @@ class Executor:
         plan: Plan,
         runnables: dict[str, Callable[..., tuple]],
         threshold: float,
+        compaction: Compaction,
         example_inputs: Sequence[object],
         settings_for: Callable[[Sequence[object]], Settings],
         version: Callable[[], object],
@@ -75,7 +83,8 @@ class Executor:
         self.plan = plan
         names = [*program.arguments, *program.constants, THRESHOLD]
         names += [n for piece in program.pieces.values() for n in (*piece.inputs, *piece.outputs)]
-        slots = {name: i for i, name in enumerate(dict.fromkeys([*names, HIDDEN, ACTIVE, VALID, OUT, LEAVE, COUNTS]))}
+        kept = (HIDDEN, ACTIVE, VALID, ROWS, OUT, LEAVE, COUNTS)
+        slots = {name: i for i, name in enumerate(dict.fromkeys([*names, *kept]))}
 
         def call(name: str) -> _Call | None:
             piece = program.pieces.get(name)
@@ -87,8 +96,10 @@ class Executor:
         self._prologue, self._epilogue = call("prologue"), call("epilogue")
         self._segments = tuple(
             _Segment(
+                f"segment_{i}",
                 call(f"segment_{i}"),
                 call(f"segment_{i}.masked"),
+                call(f"segment_{i}.compact"),
                 call(f"segment_{i}.fill"),
                 call(f"project_{plan.checkpoint_of(i)}"),
                 plan.checkpoint_of(i),
@@ -96,7 +107,8 @@ class Executor:
             for i in range(plan.num_segments)
         )
         self._hidden, self._active, self._valid, self._out = (slots[n] for n in (HIDDEN, ACTIVE, VALID, OUT))
-        self._leave, self._counts = slots[LEAVE], slots[COUNTS]
+        self._leave, self._counts, self._rows = slots[LEAVE], slots[COUNTS], slots[ROWS]
+        self._compaction = compaction
         self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
         self._threshold, self._settings_for = threshold, settings_for
         self._empty = len(slots) - len(program.arguments) - len(program.constants) - 1
@@ -113,22 +125,26 @@ class Executor:
         valid = env[self._valid] = env[self._active]
         recorders = active_recorders()
         trace = _Trace(valid, self.plan) if any(r.per_token for r in recorders) else None
-        exits, remaining = {}, None
+        exits, remaining, before = {}, None, None
         for segment in self._segments:
             if exits and remaining == 0:
                 if segment.fill is not None:
                     segment.fill(env)
                 continue
-            (segment.masked if exits else segment.plain)(env)
+            self._variant(segment, env, bool(exits), recorders)(env)
             if segment.checkpoint is None:
                 continue
-            leaving, remaining = env[self._counts].tolist()
+            leaving, remaining, longest = env[self._counts].tolist()
+            before = leaving + remaining if before is None else before
             if leaving:
                 if segment.project is not None:
                     if not exits:
                         env[self._out] = env[self._hidden]
                     segment.project(env)
                 exits[segment.checkpoint] = leaving
+                if remaining and self._compaction.possible and self._compaction.due(before, remaining):
+                    env[self._rows] = self._compaction.rows(env[self._active], remaining, longest)
+                    before = remaining
                 if trace is not None:
                     trace.leave(segment.checkpoint, env[self._leave])
         if env[self._out] is not None:
@@ -140,6 +156,19 @@ class Executor:
             if recorder.per_token:
                 recorder.exit_layers.append(trace.layers)
         return tuple(value if slot is None else env[slot] for slot, value in self._results)
+
+    def _variant(self, segment: _Segment, env: list, mixed: bool, recorders: tuple[ExitStats, ...]) -> _Call:
+        if not mixed:
+            return segment.plain
+        if env[self._rows] is None:
+            return segment.masked
+        decision = self._compaction.decide(segment.name, env[self._rows], env[self._active])
+        if decision is None:
+            return segment.masked
+        for recorder in recorders:
+            recorder.decisions[segment.name] = decision
+        log.debug("%s", decision)
+        return segment.compact if decision.compact else segment.masked
 
     def _bind(self, arguments: Sequence[object], constants: dict[str, torch.Tensor]) -> list:
         device = next((t.device for t in constants.values()), "cpu")

@@ -13,7 +13,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from tide_compile.passes.fx_tools import structure_key, value_of
-from tide_compile.passes.plan import Piece, Program
+from tide_compile.passes.plan import ROWS, Piece, Program
 
 log = logging.getLogger("tide_compile")
 
@@ -24,7 +24,8 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     """Compile a program's pieces.
 
     Layers repeat, so most pieces have twins: graphs that are equal but for names. Weights and caches are inputs, so
-    one compiled piece serves all its twins.
+    one compiled piece serves all its twins. Compact segments are compiled when they are first run, by ``torch.compile``:
+    the number of their rows is a size of its own, which needs guards.
 
     Args:
         program: what ``passes.run`` returned. Its graphs are consumed.
@@ -43,7 +44,7 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     for name, piece in program.pieces.items():
         key = structure_key(piece.graph)
         if key not in compiled:
-            compiled[key] = _compile(piece, patches)
+            compiled[key] = _Later(piece, patches) if name.endswith(".compact") else _compile(piece, patches)
         runnables[name] = compiled[key]
     log.info(
         "compiled %d distinct of %d pieces in %.1f s",
@@ -61,6 +62,21 @@ def _compile(piece: Piece, patches: dict[str, object]) -> Runnable:
         TracingContext(mode)
     ):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
         return compile_fx(piece.graph, inputs, config_patches=patches or None)
+
+
+class _Later:
+    """A piece that is compiled by ``torch.compile`` when it is first run."""
+
+    def __init__(self, piece: Piece, patches: dict[str, object]) -> None:
+        self._piece, self._patches, self._run = piece, patches, None
+        self._rows = piece.inputs.index(ROWS)
+
+    def __call__(self, *arguments: object) -> tuple:
+        if self._run is None:  # in a module of its own: Dynamo skips code that was generated while it compiled
+            module = GraphModule(self._piece.graph, self._piece.graph.graph)
+            self._run = torch.compile(module.forward, fullgraph=True, options=self._patches or None)
+        torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
+        return self._run(*arguments)
 
 
 def _canonical(value: object) -> object:

@@ -1,0 +1,90 @@
+"""What pieces of a graph cost, and when leaving rows out pays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tide_compile.passes.fx_tools import value_of
+from torch.fx import GraphModule, Node
+
+FLOPS = "tide_flops"  # node.meta: (operations of the node on all rows, whether it now runs on some only)
+MOVED = "tide_moved"  # node.meta: the fake value that a gather or scatter reads or writes
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """``flops``: operations per second of a large matrix product. ``bandwidth``: bytes per second read or written.
+    ``overhead``: seconds that a kernel costs whatever its size."""
+
+    flops: float
+    bandwidth: float
+    overhead: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a compact segment does, for the ``rows`` that the sizes in its graph stand for.
+
+    Attributes:
+        whole: operations on all rows, whatever is left out. some: operations on the chosen rows, if all are chosen.
+        weights: bytes of the weights. moved: bytes that gathers and scatters move if all rows are chosen.
+        moves: number of gathers and scatters.
+    """
+
+    rows: int
+    whole: float
+    some: float
+    weights: float
+    moved: float
+    moves: int
+
+    def masked_seconds(self, rows: int, device: Device) -> float:
+        """All of ``rows`` rows, with masks."""
+        return self._seconds(rows / self.rows * (self.whole + self.some), device)
+
+    def compact_seconds(self, rows: int, kept: int, device: Device) -> float:
+        """``kept`` of ``rows`` rows."""
+        operations = rows / self.rows * self.whole + kept / self.rows * self.some
+        moving = 2 * kept / self.rows * self.moved / device.bandwidth + self.moves * device.overhead
+        return self._seconds(operations, device) + moving
+
+    def _seconds(self, operations: float, device: Device) -> float:
+        return max(operations / device.flops, self.weights / device.bandwidth)
+
+
+def work_of(gm: GraphModule, rows: int) -> Work:
+    """Add up a compact segment (after dead code is gone)."""
+    counted = [n.meta[FLOPS] for n in gm.graph.nodes if FLOPS in n.meta]
+    moved = [_bytes(n.meta[MOVED]) for n in gm.graph.nodes if MOVED in n.meta]
+    operands = {n for node in gm.graph.nodes if node.meta.get(FLOPS, (0,))[0] for n in node.all_input_nodes}
+    weights = sum(_bytes(value_of(n)) for n in operands if n.op == "placeholder" and value_of(n).dim() == 2)
+    whole, some = (sum(f for f, is_some in counted if is_some == wanted) for wanted in (False, True))
+    return Work(rows, whole, some, weights, sum(moved), len(moved))
+
+
+def flops_of(node: Node) -> float:
+    """Operations of a matrix product or of attention, two for a multiplication and an addition; 0 for the rest."""
+    if node.target in _PRODUCTS:
+        left = node.args[1] if node.target is aten.addmm.default else node.args[0]
+        return 2.0 * _count(value_of(node)) * hint(value_of(left).shape[-1])
+    if node.target is aten.scaled_dot_product_attention.default:
+        return 4.0 * _count(value_of(node.args[0])) * hint(value_of(node.args[1]).shape[-2])
+    return 0.0
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The number that a symbolic size stood for when the graph was traced."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _count(value: torch.Tensor) -> int:
+    return math.prod(map(hint, value.shape))
+
+
+def _bytes(value: torch.Tensor) -> int:
+    return _count(value) * value.element_size()

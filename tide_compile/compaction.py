@@ -1,0 +1,86 @@
+"""The policy of compaction: when to leave rows out, and in which segments that pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tide_compile.config import TIDEConfig
+from tide_compile.device import measured
+from tide_compile.passes.compact_rows import axis_of
+from tide_compile.passes.cost import Work, hint, work_of
+from tide_compile.passes.plan import Plan, Program
+
+_MARGIN = 0.95  # a compact segment must be predicted to take less than this share of the masked one's time
+_FEWEST = 2  # compiled code takes sizes of 0 and 1 for constants
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Of one segment at one checkpoint. Seconds are predictions; ``text`` tells it all in a line."""
+
+    segment: str
+    rows: int
+    kept: int
+    masked_seconds: float
+    compact_seconds: float
+    compact: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.segment}: {self.kept} of {self.rows} rows, masked {self.masked_seconds * 1e3:.2f} ms, compact "
+            f"{self.compact_seconds * 1e3:.2f} ms predicted: {'compact' if self.compact else 'masked'}"
+        )
+
+
+class Compaction:
+    """Decides for the segments of one compiled graph.
+
+    Args:
+        program, plan: what was compiled.
+        config: ``compaction`` and ``compaction_threshold``.
+    """
+
+    def __init__(self, program: Program, plan: Plan, config: TIDEConfig) -> None:
+        self._wish, self._threshold = config.compaction, config.compaction_threshold
+        value = plan.boundaries.entering_value
+        self._axis = axis_of(value)
+        self._dtype = value.dtype
+        rows = hint(value.shape[0]) * hint(value.shape[1])
+        suffix = ".compact"
+        self._work: dict[str, Work] = {
+            name.removesuffix(suffix): work_of(piece.graph, rows)
+            for name, piece in program.pieces.items()
+            if name.endswith(suffix)
+        }
+
+    @property
+    def possible(self) -> bool:
+        return bool(self._work) and self._wish != "never"
+
+    def due(self, before: int, remaining: int) -> bool:
+        """Whether enough rows have left since there were ``before``."""
+        return remaining <= before * (1 - self._threshold)
+
+    def rows(self, active: Tensor, remaining: int, longest: int) -> Tensor:
+        """Indices of the active rows of [B, S], [n] or, by sequence, [B, n]; where a sequence has fewer, the first of the
+        others fill up."""
+        per_sequence = self._axis.batch is not None
+        length = active.shape[self._axis.row]
+        count = min(length, max(_FEWEST, longest if per_sequence else remaining))
+        flat = active if per_sequence else active.flatten()
+        order = torch.argsort(flat.logical_not().to(torch.uint8), dim=-1, stable=True)
+        return order[..., :count].contiguous()
+
+    def decide(self, segment: str, rows: Tensor, active: Tensor) -> Decision | None:
+        """None for a segment that has no compact form."""
+        work = self._work.get(segment)
+        if work is None:
+            return None
+        device = measured(active.device, self._dtype)
+        total, kept = active.numel(), rows.numel()
+        masked, compact = work.masked_seconds(total, device), work.compact_seconds(total, kept, device)
+        pays = self._wish == "always" or compact < _MARGIN * masked
+        return Decision(segment, total, kept, masked, compact, pays)

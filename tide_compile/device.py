@@ -1,0 +1,46 @@
+"""What a device can do: measured once per process, device and dtype, in some tens of milliseconds."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from tide_compile.passes.cost import Device
+
+log = logging.getLogger("tide_compile")
+
+_SIZE = 1024  # of the matrices: large enough for full speed, small enough for a slow machine
+_BYTES = 1 << 27
+
+
+@functools.cache
+def measured(device: torch.device, dtype: torch.dtype) -> Device:
+    """Speed of matrix products in ``dtype``, of copies, and the time of an empty kernel, medians of several."""
+    with torch.inference_mode():
+        left, right = (torch.ones(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))
+        data = torch.ones(_BYTES // dtype.itemsize, device=device, dtype=dtype)
+        target, small = torch.empty_like(data), torch.ones(1, device=device)
+        product = _median(lambda: left @ right, device)
+        copying = _median(lambda: target.copy_(data), device)
+        nothing = _median(lambda: small + 1, device)
+    found = Device(2.0 * _SIZE**3 / product, 2.0 * _BYTES / copying, nothing)
+    log.info(
+        "%s %s: %.0f GFLOP/s, %.1f GB/s, %.0f us per kernel",
+        device, dtype, found.flops / 1e9, found.bandwidth / 1e9, found.overhead * 1e6,
+    )  # fmt: skip
+    return found
+
+
+def _median(function: Callable[[], object], device: torch.device, times: int = 7) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[times // 2]
