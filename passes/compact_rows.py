@@ -33,15 +33,16 @@ def compact_rows(program: Program, plan: Plan) -> Program:
 
     Before: ``h' = layer(h)`` on [B, S, H]. After: with ``rows`` the indices of n tokens, all active ones among them,
     queries, attention, MLP and residual stream are [.., n, H]; keys, values and whatever else is written to a cache
-    are computed for all rows, from ``h`` scattered back over the frozen states at each boundary. Every value that crosses
-    from the first set of nodes to the second is gathered (norms, cos and sin, masks), ``is_causal`` becomes a mask.
+    are computed for all rows, from ``h`` scattered back over the frozen states at each boundary. Every value that
+    crosses from the first set of nodes to the second is gathered (norms, cos and sin, masks), and ``is_causal``
+    becomes a mask.
 
     1. Tokens of one sequence, or of several with a row of indices [B, n] each: along the sequence.
     2. One token for each of several sequences (decoding): along the batch, caches too.
 
     Safe because a node is computed on some rows only by a rule that says what its operator does to rows
-    (``row_rules``); all others see all rows. A segment in which an operator mixes rows in another way than attention gets
-    no compact form (its padding matters, see ``mask_rows``), and that is logged.
+    (``row_rules``); all others see all rows. A segment in which an operator mixes rows in another way than attention
+    gets no compact form (its padding matters, see ``mask_rows``), and that is logged.
     """
     if plan.single_row:
         return program

@@ -47,6 +47,10 @@ class Work:
         """All of ``rows`` rows, with masks."""
         return self._seconds(rows / self.rows * (self.whole + self.some), device)
 
+    def left(self, rows: int, kept: int) -> float:
+        """The share of the operations that ``kept`` of ``rows`` rows need."""
+        return (self.whole + kept / rows * self.some) / (self.whole + self.some)
+
     def compact_seconds(self, rows: int, kept: int, device: Device) -> float:
         """``kept`` of ``rows`` rows."""
         operations = rows / self.rows * self.whole + kept / self.rows * self.some

@@ -32,8 +32,8 @@ def mask_rows(program: Program, plan: Plan) -> Program:
 
 
 def with_running_rows(piece: Piece, plan: Plan, segment: int) -> Piece:
-    """A copy of a piece that knows which rows are active and which are no padding, and in which, with ``zero_pad``, K and
-    V of rows that have left are zero."""
+    """A copy of a piece that knows which rows are active and which are no padding, and in which, with ``zero_pad``, K
+    and V of rows that have left are zero."""
     return _with_running_rows(piece, plan, segment)[0]
 
 

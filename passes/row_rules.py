@@ -1,8 +1,8 @@
 """What ATen operators do to rows: given the rows of an operand, which dimension of the result holds them, and how the
 operator is called on some of them.
 
-A *row* is a token of the call. Its axis is followed from the hidden state [B, S, H] through views, so nothing is guessed
-from sizes. An operator without a rule, or one that mixes rows, sees all of them.
+A *row* is a token of the call. Its axis is followed from the hidden state [B, S, H] through views, so nothing is
+guessed from sizes. An operator without a rule, or one that mixes rows, sees all of them.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def splice_routers(program: Program, plan: Plan) -> Program:
     """Append the decision to each checkpoint's segment.
 
     Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, threshold, router) -> h', leave, active',
-    counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active, most in a sequence]``. With exit
-    projections, one more piece per checkpoint: ``project(h, leave, out, W, b) -> out'``.
+    counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active, most in a sequence]``.
+    With exit projections, one more piece per checkpoint: ``project(h, leave, out, W, b) -> out'``.
 
     Safe because it only adds nodes behind the segment's last value; the residual stream is untouched.
     """

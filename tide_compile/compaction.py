@@ -19,13 +19,15 @@ _FEWEST = 2  # compiled code takes sizes of 0 and 1 for constants
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Of one segment at one checkpoint. Seconds are predictions; ``text`` tells it all in a line."""
+    """Of one segment. Seconds are predictions; ``left`` is the share of the masked segment's operations (matrix
+    products and attention) that the compact one has, 0..1."""
 
     segment: str
     rows: int
     kept: int
     masked_seconds: float
     compact_seconds: float
+    left: float
     compact: bool
 
     def __str__(self) -> str:
@@ -65,8 +67,8 @@ class Compaction:
         return remaining <= before * (1 - self._threshold)
 
     def rows(self, active: Tensor, remaining: int, longest: int) -> Tensor:
-        """Indices of the active rows of [B, S], [n] or, by sequence, [B, n]; where a sequence has fewer, the first of the
-        others fill up."""
+        """Indices of the active rows of [B, S]: [n] or, by sequence, [B, n], where others fill up a sequence that has
+        fewer."""
         per_sequence = self._axis.batch is not None
         length = active.shape[self._axis.row]
         count = min(length, max(_FEWEST, longest if per_sequence else remaining))
@@ -83,4 +85,4 @@ class Compaction:
         total, kept = active.numel(), rows.numel()
         masked, compact = work.masked_seconds(total, device), work.compact_seconds(total, kept, device)
         pays = self._wish == "always" or compact < _MARGIN * masked
-        return Decision(segment, total, kept, masked, compact, pays)
+        return Decision(segment, total, kept, masked, compact, work.left(total, kept), pays)

@@ -18,6 +18,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers import GenerationMixin
 
 from tide_compile.errors import ConfigError
+from tide_compile.finished import FinishedRows
 
 _TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
 
@@ -55,7 +56,7 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
                 "tide_compile.TIDE(model), or compile the transformers model inside."
             )
         twin = compiled.__dict__[_TWIN] = copy.copy(model)
-        twin._compiled_call_impl = call or compiled.__call__
+        twin._compiled_call_impl = FinishedRows(twin, call or compiled.__call__)
         twin._valid_auto_compile_criteria = lambda *_: False
     return compiled.__dict__[_TWIN]
 

@@ -24,8 +24,8 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     """Compile a program's pieces.
 
     Layers repeat, so most pieces have twins: graphs that are equal but for names. Weights and caches are inputs, so
-    one compiled piece serves all its twins. Compact segments are compiled when they are first run, by ``torch.compile``:
-    the number of their rows is a size of its own, which needs guards.
+    one compiled piece serves all its twins. Compact segments are compiled when they are first run, by
+    ``torch.compile``: the number of their rows is a size of its own, which needs guards.
 
     Args:
         program: what ``passes.run`` returned. Its graphs are consumed.
@@ -69,14 +69,24 @@ class _Later:
 
     def __init__(self, piece: Piece, patches: dict[str, object]) -> None:
         self._piece, self._patches, self._run = piece, patches, None
+        values = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
+        self._dynamic = {i: sizes for i, v in enumerate(values) if (sizes := _symbolic_sizes(v))}
         self._rows = piece.inputs.index(ROWS)
 
     def __call__(self, *arguments: object) -> tuple:
         if self._run is None:  # in a module of its own: Dynamo skips code that was generated while it compiled
             module = GraphModule(self._piece.graph, self._piece.graph.graph)
             self._run = torch.compile(module.forward, fullgraph=True, options=self._patches or None)
+            for position, sizes in self._dynamic.items():
+                torch._dynamo.maybe_mark_dynamic(arguments[position], sizes)
         torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
         return self._run(*arguments)
+
+
+def _symbolic_sizes(value: object) -> list[int]:
+    if not isinstance(value, torch.Tensor):
+        return []
+    return [d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
 
 
 def _canonical(value: object) -> object:

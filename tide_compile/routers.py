@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,6 +107,33 @@ class RouterBank:
                 for i in (range(num_layers - 1) if layers is None else layers)
             }
         return cls(routers, Norm(torch.ones(hidden_dim)), num_layers)
+
+    @classmethod
+    def synthetic(
+        cls,
+        model: nn.Module,
+        input_ids: Tensor,
+        exits: Mapping[int, float],
+        *,
+        attention_mask: Tensor | None = None,
+        exit_threshold: float = 0.85,
+        seed: int = 0,
+    ) -> RouterBank:
+        """Routers that let a chosen share of tokens leave, by chance but reproducibly: for measuring.
+
+        Args:
+            model: the causal language model. input_ids: [B, S], the tokens that the shares refer to.
+            exits: layer -> share, 0..1, of the tokens that reach its checkpoint; exact on ``input_ids``, about right on
+                others.
+            attention_mask: [B, S]. exit_threshold: with which the bank is to be used, above 0.5 and below 1.
+            seed: of the random directions that tell tokens apart.
+
+        Raises:
+            ConfigError: a share or the threshold is not allowed.
+        """
+        from tide_compile.synthetic import synthetic_bank
+
+        return synthetic_bank(model, input_ids, exits, attention_mask, exit_threshold, seed)
 
     def settings(self, config: TIDEConfig, device: torch.device, dtype: torch.dtype) -> Settings:
         """The bank's tensors on ``device``, with a config, as the settings that the passes take.

@@ -1,0 +1,118 @@
+"""python -m bench.prefill: a prompt of which a chosen share of tokens leaves after a third of the layers.
+
+Contenders share their weights and run in turn in one process: eager, stock Inductor, tide without exits (off), tide with
+compaction never (masked), always (compact) and decided by its cost model (auto). Routers are synthetic
+(``RouterBank.synthetic``). Ideal: the share of the full model's operations (matrix products and attention) that is left
+when rows that have left cost their keys and values only; to ideal: time relative to this share of tide off's time. A static cache, the logits of the last token, batch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import StaticCache
+
+import tide_compile
+from bench.models import SMOLLM2, load_model, truncated
+from bench.report import interleave, show
+from tide_compile import RouterBank
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+KINDS = {"tide masked": "never", "tide compact": "always", "tide auto": "auto"}
+
+
+@torch.no_grad()
+def prompt(model: nn.Module, call: Callable, ids: torch.Tensor) -> Callable[[], float]:
+    """A step that runs the prompt and returns its seconds."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 64)
+    model(ids[:, :8], past_key_values=cache)
+
+    @torch.no_grad()
+    def step() -> float:
+        cache.reset()
+        started = time.perf_counter()
+        call(ids, past_key_values=cache, logits_to_keep=1)
+        return time.perf_counter() - started
+
+    return step
+
+
+def operations(model: nn.Module, ids: torch.Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False, logits_to_keep=1)
+    return counter.get_total_flops()
+
+
+def ideal(model: nn.Module, ids: torch.Tensor, depth: int, share: float, fill: float) -> float:
+    """The share of operations left: layers behind the exit cost ``fill`` of themselves for a token that has left."""
+    whole, first = operations(model, ids), operations(truncated(model, depth), ids)
+    return (first + (whole - first) * (1 - share + share * fill)) / whole
+
+
+def compiled_kinds(model: nn.Module, depth: int) -> dict[str, Callable]:
+    common = {"min_layers": depth, "checkpoint_interval": depth, "compaction_threshold": 0.1}
+    kinds = {"tide off": torch.compile(model, backend="tide", options={"exit_threshold": 1.0})}
+    return kinds | {
+        name: torch.compile(model, backend="tide", options={"compaction": kind, **common})
+        for name, kind in KINDS.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=SMOLLM2, help="smollm2, a hub name or a folder")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024], help="tokens of the prompts")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of tokens that leave, 0 to 1")
+    parser.add_argument("--rounds", type=int, default=7, help="prompts timed per contender and share")
+    parser.add_argument("--json", help="also write the result to this file")
+    args = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 32
+    model, _ = load_model(args.model, getattr(torch, args.dtype))
+    depth = model.config.num_hidden_layers // 3
+    torch.manual_seed(0)
+    stock, kinds = torch.compile(model), compiled_kinds(model, depth)
+    rows, fill = [], 0.0
+    for length in args.lengths:
+        ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        steps = {"eager": prompt(model, model, ids), "inductor": prompt(model, stock, ids)}
+        steps |= {name: prompt(model, call, ids) for name, call in kinds.items()}
+        for share in args.shares:
+            bank = RouterBank.synthetic(model, ids, {depth - 1: share})
+            tide_compile.attach(model, bank)
+            with tide_compile.record_exits() as stats:
+                for _ in range(2):
+                    for step in steps.values():
+                        step()  # compiles
+            timings = interleave(steps, args.rounds)
+            full = timings["tide off"].median
+            if 0 < share < 1:
+                decision = stats.decisions["segment_1"]
+                kept = decision.kept / decision.rows
+                fill = (decision.left - kept) / (1 - kept)
+                print(*stats.decisions.values(), sep="\n", flush=True)
+            left = ideal(model, ids, depth, share, fill) if share else 1.0
+            for name, timing in timings.items():
+                tide = name in KINDS
+                rows.append(
+                    [
+                        length, f"{share:.0%}", name, *timing.cells(),
+                        f"{timing.median / timings['inductor'].median:.2f}",
+                        f"{timing.median / full:.2f}" if tide else "",
+                        f"{left:.2f}" if tide else "",
+                        f"{timing.median / full / left:.2f}" if tide else "",
+                    ]
+                )  # fmt: skip
+                print(rows[-1], flush=True)
+    headers = ["tokens", "exits", "", "ms", "quartiles", "to inductor", "to off", "ideal", "to ideal"]
+    show(f"prefill, {args.model}, {args.dtype}, batch 1, exits after {depth} layers", headers, rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
