@@ -1,7 +1,7 @@
 """python -m bench.batch: decoding one token for each sequence of a batch, of which a chosen share leaves early.
 
-Sequences leave after a third of the layers (``RouterBank.synthetic``; sequences are chosen so that exactly this share of
-their last tokens does). Contenders share their weights and run in turn in one process, each step decoding the same
+Sequences leave after a third of the layers (``RouterBank.synthetic``; sequences are chosen so that exactly this share
+of their last tokens does). Contenders share their weights and run in turn in one process, each step decoding the same
 token behind the same context: eager, stock Inductor, tide without exits (off), tide with compaction never (masked),
 always (compact) and decided by its cost model (auto). Ideal: the share of the full model's operations that is left when
 rows that have left cost their keys and values only, and of the bytes of weights (all, unless every row leaves).

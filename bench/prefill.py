@@ -1,9 +1,10 @@
 """python -m bench.prefill: a prompt of which a chosen share of tokens leaves after a third of the layers.
 
-Contenders share their weights and run in turn in one process: eager, stock Inductor, tide without exits (off), tide with
-compaction never (masked), always (compact) and decided by its cost model (auto). Routers are synthetic
+Contenders share their weights and run in turn in one process: eager, stock Inductor, tide without exits (off), tide
+with compaction never (masked), always (compact) and decided by its cost model (auto). Routers are synthetic
 (``RouterBank.synthetic``). Ideal: the share of the full model's operations (matrix products and attention) that is left
-when rows that have left cost their keys and values only; to ideal: time relative to this share of tide off's time. A static cache, the logits of the last token, batch 1.
+when rows that have left cost their keys and values only; to ideal: time relative to this share of tide off's time. A
+static cache, the logits of the last token, batch 1.
 """
 
 from __future__ import annotations

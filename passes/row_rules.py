@@ -186,8 +186,8 @@ def _axis_after_view(before: torch.Size, after: torch.Size, axis: Axis) -> Axis 
         if row is not None and batch is not None:
             return Axis(row, batch)
         if axis.row == axis.batch + 1:  # [B, S] -> [B * S]
-            merged = before[: axis.batch] + (before[axis.batch] * before[axis.row],) + before[axis.row + 1 :]
-            place = _same_place(torch.Size(merged) if _static(merged) else merged, after, axis.batch)
+            merged = (*before[: axis.batch], before[axis.batch] * before[axis.row], *before[axis.row + 1 :])
+            place = _same_place(merged, after, axis.batch)
             return None if place is None else Axis(place, place)
         return None
     if batch is not None:
@@ -197,10 +197,6 @@ def _axis_after_view(before: torch.Size, after: torch.Size, axis: Axis) -> Axis 
         if _same_place(before, merged, axis.row) == place and not _is_one(after[place + 1]):
             return Axis(place + 1, place)
     return None
-
-
-def _static(sizes: tuple) -> bool:
-    return all(isinstance(s, int) for s in sizes)
 
 
 def _is_one(size: object) -> bool:

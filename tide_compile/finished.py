@@ -1,7 +1,8 @@
 """FinishedRows: sequences that have ended do not hold the others of their batch at full depth.
 
-``generate`` goes on feeding padding to them and says nothing of it to the model: the attention mask grows by a one. Here
-the verdict of its stopping criteria is kept, and that last column becomes a zero, which makes them padding for exits.
+``generate`` goes on feeding padding to them and says nothing of it to the model: the attention mask grows by a one.
+Here the verdict of its stopping criteria is kept, and that last column becomes a zero, which makes them padding for
+exits.
 """
 
 from __future__ import annotations
