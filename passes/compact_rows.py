@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
-from tide_compile.passes.cost import FLOPS, MOVED, flops_of
+from tide_compile.passes.cost import FLOPS, KEYS, MOVED, flops_of, keys_of
 from tide_compile.passes.fx_tools import (
     add_placeholder,
     mutated_arguments,
@@ -19,7 +19,7 @@ from tide_compile.passes.fx_tools import (
 from tide_compile.passes.mask_rows import with_running_rows
 from tide_compile.passes.plan import ACTIVE, HIDDEN, ROWS, Piece, Plan, Program
 from tide_compile.passes.retrace import retrace
-from tide_compile.passes.row_rules import Axis, Call, call_on_rows, whole_operands
+from tide_compile.passes.row_rules import ATTENTION, Axis, Call, call_on_rows, whole_operands
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -116,8 +116,8 @@ class _RowSets:
             written = mutated_arguments(node)
             if written or node.op == "output":
                 roots |= set(operands)
-                continue
-            sets._follow(node, operands)
+            else:
+                sets._follow(node, operands)
             if node in sets.calls:
                 call = sets.calls[node]
                 roots |= {n for n in whole_operands(node) if n not in call.taken}
@@ -190,6 +190,10 @@ class _Rewriter:
             args = (*args[:3], mask, dropout, False)
         result = self.graph.call_function(target, tuple(args), kwargs)
         result.meta[FLOPS] = (flops_of(node), True)
+        if target is ATTENTION:
+            moved, read = keys_of(node)
+            some = node.args[1] in taken
+            result.meta[KEYS] = (moved, read if some else moved, some)
         self.some[node, call.axis] = result
 
     def _meet(self, boundary: Node) -> None:

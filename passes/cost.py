@@ -10,9 +10,13 @@ from tide_compile.passes.fx_tools import value_of
 from torch.fx import GraphModule, Node
 
 FLOPS = "tide_flops"  # node.meta: (operations of the node on all rows, whether it now runs on some only)
+KEYS = (
+    "tide_keys"  # node.meta of attention: (bytes of K and V moved for all rows, bytes read, whether for some rows only)
+)
 MOVED = "tide_moved"  # node.meta: the fake value that a gather or scatter reads or writes
 
 aten = torch.ops.aten
+_COPIES = {aten.reshape.default, aten.contiguous.default, aten.clone.default}
 _PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 
 
@@ -32,20 +36,25 @@ class Work:
 
     Attributes:
         whole: operations on all rows, whatever is left out. some: operations on the chosen rows, if all are chosen.
-        weights: bytes of the weights. moved: bytes that gathers and scatters move if all rows are chosen.
-        moves: number of gathers and scatters.
+        weights: bytes of the weights. keys: bytes of keys and values that attention and what prepares them move.
+        whole_keys, some_keys: those that the compact segment's attention reads, for all rows and for the chosen ones.
+        moved: bytes of the values that are gathered and scattered, if all rows are chosen. moves: their number.
     """
 
     rows: int
     whole: float
     some: float
     weights: float
+    keys: float
+    whole_keys: float
+    some_keys: float
     moved: float
     moves: int
 
     def masked_seconds(self, rows: int, device: Device) -> float:
         """All of ``rows`` rows, with masks."""
-        return self._seconds(rows / self.rows * (self.whole + self.some), device)
+        scale = rows / self.rows
+        return self._seconds(scale * (self.whole + self.some), scale * self.keys, device)
 
     def left(self, rows: int, kept: int) -> float:
         """The share of the operations that ``kept`` of ``rows`` rows need."""
@@ -53,12 +62,13 @@ class Work:
 
     def compact_seconds(self, rows: int, kept: int, device: Device) -> float:
         """``kept`` of ``rows`` rows."""
-        operations = rows / self.rows * self.whole + kept / self.rows * self.some
-        moving = 2 * kept / self.rows * self.moved / device.bandwidth + self.moves * device.overhead
-        return self._seconds(operations, device) + moving
+        scale, share = rows / self.rows, kept / self.rows
+        operations = scale * self.whole + share * self.some
+        moved = scale * self.whole_keys + share * (self.some_keys + 2 * self.moved)
+        return self._seconds(operations, moved, device) + self.moves * device.overhead
 
-    def _seconds(self, operations: float, device: Device) -> float:
-        return max(operations / device.flops, self.weights / device.bandwidth)
+    def _seconds(self, operations: float, moved: float, device: Device) -> float:
+        return max(operations / device.flops, self.weights / device.bandwidth) + moved / device.bandwidth
 
 
 def work_of(gm: GraphModule, rows: int) -> Work:
@@ -68,7 +78,9 @@ def work_of(gm: GraphModule, rows: int) -> Work:
     operands = {n for node in gm.graph.nodes if node.meta.get(FLOPS, (0,))[0] for n in node.all_input_nodes}
     weights = sum(_bytes(value_of(n)) for n in operands if n.op == "placeholder" and value_of(n).dim() == 2)
     whole, some = (sum(f for f, is_some in counted if is_some == wanted) for wanted in (False, True))
-    return Work(rows, whole, some, weights, sum(moved), len(moved))
+    keys = [n.meta[KEYS] for n in gm.graph.nodes if KEYS in n.meta]
+    whole_keys, some_keys = (sum(read for _, read, is_some in keys if is_some == wanted) for wanted in (False, True))
+    return Work(rows, whole, some, weights, sum(m for m, _, _ in keys), whole_keys, some_keys, sum(moved), len(moved))
 
 
 def flops_of(node: Node) -> float:
@@ -79,6 +91,15 @@ def flops_of(node: Node) -> float:
     if node.target is aten.scaled_dot_product_attention.default:
         return 4.0 * _count(value_of(node.args[0])) * hint(value_of(node.args[1]).shape[-2])
     return 0.0
+
+
+def keys_of(node: Node) -> tuple[float, float]:
+    """Bytes of keys and values that attention makes move on all rows, and that it reads itself: an operand that is
+    copied on the way (heads repeated for groups of queries) is read and written once more."""
+    operands = [n for n in node.args[1:3] if isinstance(n, Node)]
+    read = [_bytes(value_of(n)) for n in operands]
+    moved = [(3 if n.target in _COPIES else 1) * size for n, size in zip(operands, read, strict=True)]
+    return sum(moved), sum(read)
 
 
 def hint(size: int | torch.SymInt) -> int:

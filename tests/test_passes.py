@@ -330,6 +330,6 @@ def test_observer_sees_every_pass():
     events = []
     passes(decode_graph(1), settings([0]), events.append)
     names = [e.name for e in events]
-    assert names[0] == "find_layers" and names[-1] == "mask_rows"
+    assert names[0] == "find_layers" and names[-1] == "compact_rows"
     split = next(e for e in events if e.name == "split_segments")
     assert split.nodes_after > split.nodes_before > 0

@@ -41,10 +41,10 @@ class FinishedRows:
             finished = finished | self._finished
         self._finished = finished if 0 < int(finished.sum()) < len(finished) else None
 
-    def _criteria(self, config: GenerationConfig, *args: object, **kwargs: object) -> StoppingCriteriaList:
+    def _criteria(self, generation_config: GenerationConfig, *args: object, **kwargs: object) -> StoppingCriteriaList:
         self._finished = None
-        criteria = type(self._model)._get_stopping_criteria(self._model, config, *args, **kwargs)
-        return criteria if (config.num_beams or 1) > 1 else _Watched(criteria, self)
+        criteria = type(self._model)._get_stopping_criteria(self._model, generation_config, *args, **kwargs)
+        return criteria if (generation_config.num_beams or 1) > 1 else _Watched(criteria, self)
 
     def _hide(self, mask: Tensor | None) -> Tensor | None:
         """The last token is padding: a mask [B, L] gets a zero there, one of [B, 1, 1, L] lets it see nothing."""
