@@ -83,7 +83,7 @@ relaxed = settings(deadline=None, derandomize=True, suppress_health_check=[Healt
 
 
 @given(case=CASES)
-@settings(relaxed, max_examples=6)
+@settings(relaxed, max_examples=5)
 def test_compact_equals_masked_equals_reference(case):
     """Catches a row gathered along the wrong dimension, a size that was not replaced, a state scattered back
     wrongly."""
@@ -97,7 +97,9 @@ def test_compact_equals_masked_equals_reference_in_many_cases(case):
     sweep(case)
 
 
-@pytest.mark.parametrize(("cache", "batch"), [("static", 1), ("static", 4), ("none", 4)])
+@pytest.mark.parametrize(
+    ("cache", "batch"), [("static", 1), ("static", 4), pytest.param("none", 4, marks=pytest.mark.slow)]
+)
 def test_inductor(model, bank, cache, batch):
     """Catches what only compiled code gets wrong, and that the compact form is not reached."""
     threshold = threshold_between(model, bank, 0.6, cache, batch, **CHOSEN)
@@ -121,14 +123,13 @@ def test_number_of_rows_does_not_recompile(model):
     assert len(kept) == 4
 
 
-def test_mixtures_of_experts_and_recurrent_layers_are_masked():
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("mamba", marks=pytest.mark.slow)])
+def test_mixtures_of_experts_and_recurrent_layers_are_masked(family):
     """Catches a rule that takes an operator for one that treats rows alike, whose padding or neighbours matter."""
-    for family in ("mixtral", "mamba"):
-        (gm,) = capture(build(family), prompt(2)[0], use_cache=False)
-        program, _ = passes(gm, plan_settings((0,)))
-        assert not any(name.endswith(".compact") for name in program.pieces)
-        assert "segment_1.masked" in program.pieces
-        torch._dynamo.reset()
+    (gm,) = capture(build(family), prompt(2)[0], use_cache=False)
+    program, _ = passes(gm, plan_settings((0,)))
+    assert not any(name.endswith(".compact") for name in program.pieces)
+    assert "segment_1.masked" in program.pieces
 
 
 def test_policy(model, monkeypatch):

@@ -9,9 +9,11 @@ from tests.models import CACHES, CONFIGS, HIDDEN, LAYERS, logits_of, tiny
 from tide_compile import RouterBank
 
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1}
+SINGLE = pytest.param(1, marks=pytest.mark.slow)  # the sweep of test_compaction.py has a part of these cases
+ZERO_PAD = pytest.param("zero_pad", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [SINGLE, 4])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_threshold_one_is_the_stock_model(name, cache, batch):
@@ -28,7 +30,7 @@ def test_threshold_one_is_the_stock_model(name, cache, batch):
     assert stats.total_tokens == sum(len(logits) for logits in want)  # and padding is not counted
 
 
-@pytest.mark.parametrize("strategy", ["propagate", "zero_pad"])
+@pytest.mark.parametrize("strategy", ["propagate", ZERO_PAD])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -42,7 +44,7 @@ def test_some_exits(name, cache, batch, strategy):
     assert 0 < stats.total_exited < stats.total_tokens
 
 
-@pytest.mark.parametrize("strategy", ["propagate", "zero_pad"])
+@pytest.mark.parametrize("strategy", [ZERO_PAD, "propagate"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_exit(name, cache, strategy):
