@@ -40,6 +40,7 @@ class Settings:
     layer_norm: bool = False
     projections: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     expected_layers: int | None = None
+    compact: bool = True  # whether segments get a compact form
 
     def constants(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of the checkpoint after ``layer`` by environment name."""

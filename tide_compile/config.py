@@ -96,7 +96,8 @@ class TIDEConfig:
 
     def settings(self, **routers: object) -> Settings:
         """What the passes need of this config; ``routers`` are the fields that a bank adds."""
-        return Settings(self.checkpoint_interval, self.min_layers, self.kv_cache_strategy, **routers)
+        compact = self.compaction != "never"
+        return Settings(self.checkpoint_interval, self.min_layers, self.kv_cache_strategy, compact=compact, **routers)
 
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values."""
