@@ -4,6 +4,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import setuptools  # noqa: F401  (before anything imports the distutils of the standard library: Inductor fails then)
 import torch
 
 from tests.models import HIDDEN, LAYERS, tiny
