@@ -19,7 +19,7 @@ from transformers import StaticCache
 
 import tide_compile
 from bench.models import SMOLLM2, load_model, truncated
-from bench.prefill import KINDS, compiled_kinds, ideal
+from bench.prefill import KINDS, compared, compiled_kinds, fill_share, ideal
 from bench.report import interleave, show
 from tide_compile import RouterBank, TIDEConfig
 
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     model, _ = load_model(args.model, getattr(torch, args.dtype))
     depth = model.config.num_hidden_layers // 3
-    rows, fill = [], 0.0
+    rows, fill = [], None
     for batch in args.batches:
         torch._dynamo.reset()  # sizes are constants: the batch is that of the cache
         stock, kinds = torch.compile(model), compiled_kinds(model, depth)
@@ -88,23 +88,13 @@ def main() -> None:
                 for _ in range(3):
                     for step in steps.values():
                         step()  # compiles
-            if share == 0.5:
-                decision = stats.decisions["segment_1"]
-                fill = 2 * decision.left - 1
-                print(*stats.decisions.values(), sep="\n", flush=True)
             timings = interleave(steps, args.rounds)
-            full = timings["tide off"].median
-            left = [f"{ideal(model, ids, depth, share, fill):.2f}", f"{weights_left(model, depth, share):.2f}"]
-            for name, timing in timings.items():
-                ours = name in KINDS
-                rows.append(
-                    [
-                        batch, f"{share:.0%}", name, *timing.cells(),
-                        f"{timing.median / timings['inductor'].median:.2f}",
-                        f"{timing.median / full:.2f}" if ours else "",
-                        *(left if ours else ["", ""]),
-                    ]
-                )  # fmt: skip
+            fill = fill_share(stats) or fill
+            operations = ideal(model, ids, depth, share, fill)
+            left = [f"{operations:.2f}" if operations else "", f"{weights_left(model, depth, share):.2f}"]
+            for name in timings:
+                cells = left if name in KINDS else ["", ""]
+                rows.append([batch, f"{share:.0%}", *compared(name, timings), *cells])
                 print(rows[-1], flush=True)
     headers = ["batch", "exits", "", "ms", "quartiles", "to inductor", "to off", "ideal FLOPs", "ideal bytes"]
     title = f"decode, {args.model}, {args.dtype}, context {CONTEXT}, exits after {depth} layers"

@@ -20,8 +20,9 @@ from transformers import StaticCache
 
 import tide_compile
 from bench.models import SMOLLM2, load_model, truncated
-from bench.report import interleave, show
+from bench.report import Timing, interleave, show
 from tide_compile import RouterBank
+from tide_compile.stats import ExitStats
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 KINDS = {"tide masked": "never", "tide compact": "always", "tide auto": "auto"}
@@ -49,8 +50,21 @@ def operations(model: nn.Module, ids: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def ideal(model: nn.Module, ids: torch.Tensor, depth: int, share: float, fill: float) -> float:
-    """The share of operations left: layers behind the exit cost ``fill`` of themselves for a token that has left."""
+def fill_share(stats: ExitStats) -> float | None:
+    """What a row that has left still costs, as a share of a row, from the decisions on segments (which are printed);
+    None if there were none."""
+    print(*stats.decisions.values(), sep="\n", flush=True)
+    for decision in stats.decisions.values():
+        kept = decision.kept / decision.rows
+        return (decision.left - kept) / (1 - kept) if kept < 1 else None
+    return None
+
+
+def ideal(model: nn.Module, ids: torch.Tensor, depth: int, share: float, fill: float | None) -> float | None:
+    """The share of operations left: layers behind the exit cost ``fill`` of themselves for a token that has left. None
+    when that is not known."""
+    if fill is None:
+        return None if share else 1.0
     whole, first = operations(model, ids), operations(truncated(model, depth), ids)
     return (first + (whole - first) * (1 - share + share * fill)) / whole
 
@@ -62,6 +76,13 @@ def compiled_kinds(model: nn.Module, depth: int) -> dict[str, Callable]:
         name: torch.compile(model, backend="tide", options={"compaction": kind, **common})
         for name, kind in KINDS.items()
     }
+
+
+def compared(name: str, timings: dict[str, Timing]) -> list[str]:
+    """Cells of a contender: its time, and that relative to stock Inductor and, for tide, to tide without exits."""
+    timing = timings[name]
+    to_off = f"{timing.median / timings['tide off'].median:.2f}" if name.startswith("tide") else ""
+    return [name, *timing.cells(), f"{timing.median / timings['inductor'].median:.2f}", to_off]
 
 
 def main() -> None:
@@ -78,7 +99,7 @@ def main() -> None:
     depth = model.config.num_hidden_layers // 3
     torch.manual_seed(0)
     stock, kinds = torch.compile(model), compiled_kinds(model, depth)
-    rows, fill = [], 0.0
+    rows, fill = [], None
     for length in args.lengths:
         ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
         torch._dynamo.maybe_mark_dynamic(ids, 1)
@@ -92,24 +113,13 @@ def main() -> None:
                     for step in steps.values():
                         step()  # compiles
             timings = interleave(steps, args.rounds)
-            full = timings["tide off"].median
-            if 0 < share < 1:
-                decision = stats.decisions["segment_1"]
-                kept = decision.kept / decision.rows
-                fill = (decision.left - kept) / (1 - kept)
-                print(*stats.decisions.values(), sep="\n", flush=True)
-            left = ideal(model, ids, depth, share, fill) if share else 1.0
+            fill = fill_share(stats) or fill
+            left = ideal(model, ids, depth, share, fill)
             for name, timing in timings.items():
-                tide = name in KINDS
-                rows.append(
-                    [
-                        length, f"{share:.0%}", name, *timing.cells(),
-                        f"{timing.median / timings['inductor'].median:.2f}",
-                        f"{timing.median / full:.2f}" if tide else "",
-                        f"{left:.2f}" if tide else "",
-                        f"{timing.median / full / left:.2f}" if tide else "",
-                    ]
-                )  # fmt: skip
+                cells = ["", ""]
+                if name in KINDS and left is not None:
+                    cells = [f"{left:.2f}", f"{timing.median / timings['tide off'].median / left:.2f}"]
+                rows.append([length, f"{share:.0%}", *compared(name, timings), *cells])
                 print(rows[-1], flush=True)
     headers = ["tokens", "exits", "", "ms", "quartiles", "to inductor", "to off", "ideal", "to ideal"]
     show(f"prefill, {args.model}, {args.dtype}, batch 1, exits after {depth} layers", headers, rows, args.json)

@@ -41,8 +41,8 @@ def compact_rows(program: Program, plan: Plan) -> Program:
     2. One token for each of several sequences (decoding): along the batch, caches too.
 
     Safe because a node is computed on some rows only by a rule that says what its operator does to rows
-    (``row_rules``); all others see all rows. A segment in which an operator mixes rows in another way than attention
-    gets no compact form (its padding matters, see ``mask_rows``), and that is logged.
+    (``row_rules``). A segment with an operator that has no such rule, or mixes rows in another way than attention (its
+    padding matters, see ``mask_rows``), gets no compact form, and that is logged.
     """
     if plan.single_row or not plan.settings.compact:
         return program
@@ -50,7 +50,7 @@ def compact_rows(program: Program, plan: Plan) -> Program:
     for segment in range(plan.num_segments):
         if not plan.follows_checkpoint(segment):
             continue
-        piece = with_running_rows(program.pieces[f"segment_{segment}"], plan, segment)
+        piece, _ = with_running_rows(program.pieces[f"segment_{segment}"], plan, segment)
         key = structure_key(piece.graph)
         if key not in done:
             try:
@@ -85,10 +85,10 @@ def _compact(piece: Piece, plan: Plan, segment: int) -> tuple[GraphModule, list[
     axis = axis_of(hidden)
     shape = [hidden.shape[d] for d in sorted(axis.dims)]
     rows = add_placeholder(gm.graph, ROWS, hidden.new_empty(shape, dtype=torch.int64))
-    plan_ = _RowSets.of(gm.graph, frozen, set(boundaries), axis)
-    if plan_.mixing is not None:
-        return plan_.mixing
-    graph = _Rewriter(plan_, frozen, active, rows).run(gm.graph)
+    sets = _RowSets.of(gm.graph, frozen, set(boundaries), axis)
+    if sets.mixing is not None:
+        return sets.mixing
+    graph = _Rewriter(sets, frozen, active, rows).run(gm.graph)
     compacted = GraphModule(gm, graph)
     order = [n.name for n in graph.find_nodes(op="placeholder")]
     remove_dead(compacted)
@@ -155,7 +155,6 @@ class _Rewriter:
         self.graph = Graph()
         self.all: dict[Node, Node] = {}
         self.some: dict[tuple[Node, Axis], Node] = {}
-        self.indices: dict[object, Node] = {}
 
     def run(self, old: Graph) -> Graph:
         written = {storage_of(a) for n in old.nodes for a in mutated_arguments(n)} - {None}

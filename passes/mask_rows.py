@@ -31,13 +31,9 @@ def mask_rows(program: Program, plan: Plan) -> Program:
     return Program(pieces, program.arguments, program.results, program.constants)
 
 
-def with_running_rows(piece: Piece, plan: Plan, segment: int) -> Piece:
+def with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, Node]:
     """A copy of a piece that knows which rows are active and which are no padding, and in which, with ``zero_pad``, K
-    and V of rows that have left are zero."""
-    return _with_running_rows(piece, plan, segment)[0]
-
-
-def _with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, Node]:
+    and V of rows that have left are zero; and its node for the rows that run, [B, S] bool."""
     gm = copy.deepcopy(piece.graph)
     graph, inputs = gm.graph, piece.inputs
     placeholders = graph.find_nodes(op="placeholder")
@@ -61,7 +57,7 @@ def _with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, N
 
 
 def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
-    piece, running = _with_running_rows(piece, plan, segment)
+    piece, running = with_running_rows(piece, plan, segment)
     graph = piece.graph.graph
     frozen = graph.find_nodes(op="placeholder")[piece.inputs.index(HIDDEN)]
     boundaries = {plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)}

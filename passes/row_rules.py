@@ -2,7 +2,7 @@
 operator is called on some of them.
 
 A *row* is a token of the call. Its axis is followed from the hidden state [B, S, H] through views, so nothing is
-guessed from sizes. An operator without a rule, or one that mixes rows, sees all of them.
+guessed from sizes. An operator without a rule, or one that mixes rows, must see all of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Axis:
         return {self.row} | ({self.batch} - {None})
 
 
-Take = Callable[[object, Axis], object]  # a tensor operand, on the chosen rows if it has rows along the given axis
 Rule = Callable[[Node, dict[Node, Axis]], "Call | None"]
 
 
@@ -261,11 +260,6 @@ def _along(keeps: bool) -> Rule:
     return rule
 
 
-def _getitem(node: Node, axes: dict[Node, Axis]) -> Call:
-    source = node.args[0]
-    return Call(axes[source], {source: axes[source]})
-
-
 def _cat(node: Node, axes: dict[Node, Axis]) -> Call | None:
     parts = node.args[0]
     rank = value_of(node).dim()
@@ -285,7 +279,7 @@ _UNTAGGED = {
 }  # pointwise as well
 _DIM_FIRST = {aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.squeeze.dim}
 _RULES: dict[object, Rule] = {
-    operator.getitem: _getitem,
+    operator.getitem: _unary,
     ATTENTION: _attention,
     aten.linear.default: _times_weights(0),
     aten.mm.default: _times_weights(0),

@@ -66,12 +66,13 @@ class Compaction:
         """Whether enough rows have left since there were ``before``."""
         return remaining <= before * (1 - self._threshold)
 
-    def rows(self, active: Tensor, remaining: int, longest: int) -> Tensor:
+    def rows(self, active: Tensor, remaining: int) -> Tensor:
         """Indices of the active rows of [B, S]: [n] or, by sequence, [B, n], where others fill up a sequence that has
         fewer."""
         per_sequence = self._axis.batch is not None
         length = active.shape[self._axis.row]
-        count = min(length, max(_FEWEST, longest if per_sequence else remaining))
+        most = int(active.sum(1).amax()) if per_sequence else remaining
+        count = min(length, max(_FEWEST, most))
         flat = active if per_sequence else active.flatten()
         order = torch.argsort(flat.logical_not().to(torch.uint8), dim=-1, stable=True)
         return order[..., :count].contiguous()

@@ -1,4 +1,4 @@
-"""What a device can do: measured once per process, device and dtype, in some tens of milliseconds."""
+"""What a device can do: measured once per process, device and dtype, in a fraction of a second."""
 
 from __future__ import annotations
 

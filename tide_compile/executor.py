@@ -134,7 +134,7 @@ class Executor:
             self._variant(segment, env, bool(exits), recorders)(env)
             if segment.checkpoint is None:
                 continue
-            leaving, remaining, longest = env[self._counts].tolist()
+            leaving, remaining = env[self._counts].tolist()
             before = leaving + remaining if before is None else before
             if leaving:
                 if segment.project is not None:
@@ -143,7 +143,7 @@ class Executor:
                     segment.project(env)
                 exits[segment.checkpoint] = leaving
                 if remaining and self._compaction.possible and self._compaction.due(before, remaining):
-                    env[self._rows] = self._compaction.rows(env[self._active], remaining, longest)
+                    env[self._rows] = self._compaction.rows(env[self._active], remaining)
                     before = remaining
                 if trace is not None:
                     trace.leave(segment.checkpoint, env[self._leave])
