@@ -98,7 +98,8 @@ def test_compact_equals_masked_equals_reference_in_many_cases(case):
 
 
 @pytest.mark.parametrize(
-    ("cache", "batch"), [("static", 1), ("static", 4), pytest.param("none", 4, marks=pytest.mark.slow)]
+    ("cache", "batch"),
+    [pytest.param("static", 1, marks=pytest.mark.slow), ("static", 4), pytest.param("none", 4, marks=pytest.mark.slow)],
 )
 def test_inductor(model, bank, cache, batch):
     """Catches what only compiled code gets wrong, and that the compact form is not reached."""

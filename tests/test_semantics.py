@@ -88,7 +88,7 @@ def test_nan_never_exits():
     ("name", "cache", "batch", "strategy"),
     [
         ("rmsnorm-rope-gqa", "dynamic", 2, "propagate"),
-        ("layernorm-learned-positions", "static", 2, "zero_pad"),
+        pytest.param("layernorm-learned-positions", "static", 2, "zero_pad", marks=pytest.mark.slow),
         ("parallel-residual", "none", 2, "zero_pad"),
         pytest.param("sliding-window", "static", 1, "propagate", marks=pytest.mark.slow),
     ],
