@@ -15,6 +15,8 @@ import torch
 import transformers
 from tabulate import tabulate
 
+from tide_compile.device import cpu_name
+
 
 @dataclass(slots=True)
 class Timing:
@@ -58,19 +60,10 @@ def timed(function: Callable[[], object]) -> float:
 
 def machine() -> str:
     """Processor, threads and versions, for the line above a table."""
-    model = next(
-        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")),
-        platform.machine(),
-    )
     return (
-        f"{model}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
+        f"{cpu_name()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
 
 
 def show(title: str, headers: list[str], rows: list[list[object]], path: str | None, **facts: object) -> None:

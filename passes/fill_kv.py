@@ -1,37 +1,67 @@
-"""fill_kv: per segment, the slice that only writes K and V."""
+"""fill_kv: what is left of a model behind a checkpoint when everybody has left: keys and values."""
 
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Iterator
 
-from tide_compile.passes.fx_tools import output_nodes, remove_dead
+from tide_compile.passes.fx_tools import add_placeholder, output_nodes, remove_dead, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_all
 from tide_compile.passes.plan import HIDDEN, Piece, Plan, Program
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 
 def fill_kv(program: Program, plan: Plan) -> Program:
-    """Add ``segment_<i>.fill`` for every segment that can be skipped.
+    """Add ``fill_<layer>`` for every checkpoint: one piece for all segments behind it.
 
     Before: ``h -> layer -> h' -> layer -> h''`` with cache writes on the side. In a copy, every layer reads the
-    segment's input instead (the residual stream is short-circuited, an exited token's state is frozen) and the hidden
-    state is no longer returned. What is still needed are the cache writes and the caches that are returned: norm, K/V
-    projection, rotary embedding, write; attention and MLP are dead and go.
+    checkpoint's state instead (the residual stream is short-circuited, an exited token's state is frozen) and the
+    hidden state is no longer returned. What is still needed are the cache writes and the caches that are returned:
+    norm, K/V projection, rotary embedding, write; attention and MLP are dead and go.
 
     1. ``propagate``: K and V come from the frozen state.
     2. ``zero_pad``: what is written is zero, so the projections are dead too.
 
     Safe because a write is kept whenever it reaches memory that outlives the call (see ``live_nodes``), and because
-    the eager reference defines the K/V of a skipped layer as exactly this. A segment without caches has an empty
-    slice, which is left out.
+    the eager reference defines the K/V of a skipped layer as exactly this. Without caches nothing is left and there is
+    no such piece.
     """
+    segments = [s for s in range(plan.num_segments) if plan.follows_checkpoint(s)]
+    slices = {s: _fill(program.pieces[f"segment_{s}"], plan, s) for s in segments}
     pieces = dict(program.pieces)
-    for segment in range(plan.num_segments):
-        if plan.follows_checkpoint(segment):
-            slice_ = _fill(program.pieces[f"segment_{segment}"], plan, segment)
-            if slice_ is not None:
-                pieces[f"segment_{segment}.fill"] = slice_
+    for layer in plan.checkpoints:
+        behind = [slices[s] for s in segments if plan.segment_layers(s)[0] > layer and slices[s] is not None]
+        if behind:
+            pieces[f"fill_{layer}"] = _chain(behind)
     return Program(pieces, program.arguments, program.results, program.constants)
+
+
+def _chain(pieces: list[Piece]) -> Piece:
+    """One piece that does what ``pieces`` do one after the other."""
+    graph, attributes, inputs = Graph(), {}, {}
+    values: dict[str, Node] = {}
+    output = graph.output(())
+    for piece in pieces:
+        for name, placeholder in _placeholders(piece):
+            if name not in values:
+                values[name] = inputs[name] = add_placeholder(graph, placeholder.name, value_of(placeholder))
+        values |= dict.fromkeys(piece.outputs)
+    results: dict[str, Node] = {}
+    with graph.inserting_before(output):
+        for piece in pieces:
+            given = {placeholder: values[name] for name, placeholder in _placeholders(piece)}
+            returned = graph.graph_copy(piece.graph.graph, given)
+            results |= dict(zip(piece.outputs, returned, strict=True))
+            values |= results
+            constants = {n.target for n in piece.graph.graph.nodes if n.op in ("get_attr", "call_module")}
+            attributes |= {name: operator.attrgetter(name)(piece.graph) for name in constants}
+    output.args = (tuple(results.values()),)
+    return Piece(GraphModule(attributes, graph), tuple(inputs), tuple(results))
+
+
+def _placeholders(piece: Piece) -> Iterator[tuple[str, Node]]:
+    return zip(piece.inputs, piece.graph.graph.find_nodes(op="placeholder"), strict=True)
 
 
 def _fill(piece: Piece, plan: Plan, segment: int) -> Piece | None:

@@ -151,6 +151,19 @@ def add_placeholder(graph: Graph, name: str, value: object) -> Node:
     return node
 
 
+def replace_traced(graph: Graph, node: Node, inputs: list[Node], function: Callable[..., object]) -> None:
+    """In an ATen graph inside Inductor: let ``function`` of ``inputs`` take the place of a node."""
+    from torch._inductor.pattern_matcher import fwd_only
+    from torch._inductor.virtualized import V
+
+    with V.fake_mode:
+        traced = fwd_only(function, [n.meta["val"] for n in inputs])
+    given = zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(graph.graph_copy(traced.graph, dict(given)))
+    graph.erase_node(node)
+
+
 def structure_key(gm: GraphModule) -> str:
     """A digest that two graphs share exactly when one compiled artefact can serve both.
 

@@ -130,10 +130,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The model cut into pieces. Keys: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``, ``segment_<i>.fill``,
-    ``segment_<i>.compact``, ``project_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the environment names
-    of what the Dynamo graph took and returned (a result may also be a constant). ``constants`` are the tensors the
-    rewrites bound (routers, projections)."""
+    """The model cut into pieces. Keys: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``,
+    ``segment_<i>.compact``, ``project_<layer>``, ``fill_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the
+    environment names of what the Dynamo graph took and returned (a result may also be a constant). ``constants`` are
+    the tensors the rewrites bound (routers, projections)."""
 
     pieces: dict[str, Piece]
     arguments: tuple[str, ...]

@@ -18,7 +18,7 @@ def verify(program: GraphModule | Program, after: str) -> None:
         program.graph.lint()
         return
     defined = {*program.arguments, *program.constants, THRESHOLD, OUT, ROWS, VALID}
-    straight = [n for n in program.pieces if "." not in n and not n.startswith("project_")]
+    straight = [n for n in program.pieces if "." not in n and not n.startswith(("project_", "fill_"))]
     for name in (*straight, *(n for n in program.pieces if n not in straight)):
         piece = program.pieces[name]
         piece.graph.graph.lint()

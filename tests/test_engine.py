@@ -259,8 +259,9 @@ def test_layers_are_not_run(model, bank, batch, monkeypatch):
     assert len({id(e) for e in built}) == 2  # prompt, decoding
     for segments in (e._segments for e in built):
         assert segments[0].plain in ran and segments[1].plain in ran
+        assert segments[1].fill in ran
         for segment in segments[2:]:
-            assert segment.fill in ran
+            assert segment.fill not in ran
             assert segment.plain not in ran and (segment.masked is None or segment.masked not in ran)
 
 

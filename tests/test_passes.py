@@ -183,7 +183,7 @@ def test_shared_keys_and_values_are_carried():
     """Later layers read keys and values of earlier ones: computed for skipped layers too."""
     (gm,) = capture(build("gemma4_text"), prompt(2)[0], use_cache=False)
     program, _ = passes(gm, settings((0, 1)))
-    assert len(program.pieces["segment_1.fill"].outputs) >= 2
+    assert len(program.pieces["fill_0"].outputs) >= 2
 
 
 def test_mask_under_another_name():
@@ -241,9 +241,7 @@ def test_checkpoints(n, interval, minimum, cuts, checkpoints):
 def test_fill_keeps_only_keys_and_values():
     """Attention, its output projection and the MLP must be gone: they are what an exit saves."""
     program, _ = passes(decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1))
-    with pytest.raises(KeyError):
-        program.pieces["segment_0.fill"]
-    full, fill = program.pieces["segment_1"], program.pieces["segment_1.fill"]
+    full, fill = program.pieces["segment_1"], program.pieces["fill_1"]
     assert count(full, "scaled_dot_product_attention") == 2 and count(fill, "scaled_dot_product_attention") == 0
     assert count(full, "linear") == 2 * 7 and count(fill, "linear") == 2 * 2
     assert count(full, "index_copy_") == count(fill, "index_copy_") == 2 * 2
@@ -251,12 +249,19 @@ def test_fill_keeps_only_keys_and_values():
     assert STATE in fill.inputs and STATE not in fill.outputs
 
 
+def test_one_fill_for_all_segments():
+    """Catches a call per segment, and a segment before the exit that is filled again."""
+    program, _ = passes(decode_graph(1), settings([0, 1], checkpoint_interval=1, min_layers=1))
+    writes = {name: count(piece, "index_copy_") for name, piece in program.pieces.items() if name.startswith("fill")}
+    assert writes == {"fill_0": 2 * 3, "fill_1": 2 * 2}
+
+
 def test_zero_pad_fill_needs_no_weights():
     program, _ = passes(
         decode_graph(1), settings([1], checkpoint_interval=2, min_layers=1, kv_cache_strategy="zero_pad")
     )
-    assert count(program.pieces["segment_1.fill"], "index_copy_") == 4
-    assert not [n for n in program.pieces["segment_1.fill"].inputs if "norm" in n or "mlp" in n]
+    assert count(program.pieces["fill_1"], "index_copy_") == 4
+    assert not [n for n in program.pieces["fill_1"].inputs if "norm" in n or "mlp" in n]
 
 
 def test_zero_pad_without_known_attention():

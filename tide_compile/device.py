@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -44,3 +46,11 @@ def _median(function: Callable[[], object], device: torch.device, times: int = 7
             torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[times // 2]
+
+
+@functools.cache
+def cpu_name() -> str:
+    """As the operating system calls it, or its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -34,14 +34,15 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """The variants of one segment; ``checkpoint`` is the layer of the router that closes it, or None."""
+    """The variants of one segment; ``checkpoint`` is the layer of the router that closes it, or None; ``project`` and
+    ``fill`` follow it."""
 
     name: str
     plain: _Call
     masked: _Call | None
     compact: _Call | None
-    fill: _Call | None
     project: _Call | None
+    fill: _Call | None
     checkpoint: int | None
 
 
@@ -53,7 +54,7 @@ class Executor:
     * nobody has left yet: the next segment as it is;
     * some have: the masked segment, in which exited rows keep their frozen state, or the compact one, which leaves them
       out, once enough have left and where that pays (``Compaction``);
-    * nobody is left: the K/V slices of the remaining segments, then the epilogue.
+    * nobody is left: the keys and values of the remaining segments in one call, then the epilogue.
 
     Dynamo runs the code of one model for any other of the same shape, and for the same model when it has got new
     routers. So routers are looked up again for a model that was not seen before (by the identity of three of its
@@ -100,8 +101,8 @@ class Executor:
                 call(f"segment_{i}"),
                 call(f"segment_{i}.masked"),
                 call(f"segment_{i}.compact"),
-                call(f"segment_{i}.fill"),
                 call(f"project_{plan.checkpoint_of(i)}"),
+                call(f"fill_{plan.checkpoint_of(i)}"),
                 plan.checkpoint_of(i),
             )
             for i in range(plan.num_segments)
@@ -127,10 +128,6 @@ class Executor:
         trace = _Trace(valid, self.plan) if any(r.per_token for r in recorders) else None
         exits, remaining, before = {}, None, None
         for segment in self._segments:
-            if exits and remaining == 0:
-                if segment.fill is not None:
-                    segment.fill(env)
-                continue
             self._variant(segment, env, bool(exits), recorders)(env)
             if segment.checkpoint is None:
                 continue
@@ -147,6 +144,10 @@ class Executor:
                     before = remaining
                 if trace is not None:
                     trace.leave(segment.checkpoint, env[self._leave])
+                if not remaining:
+                    if segment.fill is not None:
+                        segment.fill(env)
+                    break
         if env[self._out] is not None:
             left = valid & ~env[self._active]
             env[self._hidden] = torch.where(left.unsqueeze(-1), env[self._out], env[self._hidden])

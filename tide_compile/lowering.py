@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,10 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from tide_compile.passes.fx_tools import structure_key, value_of
+from tide_compile.passes.lower_attention import LowerAttention
+from tide_compile.passes.lower_linears import Form, Linear, LowerLinears, find_linears
 from tide_compile.passes.plan import ROWS, Piece, Program
+from tide_compile.tuning import fastest_forms
 
 log = logging.getLogger("tide_compile")
 
@@ -24,8 +28,8 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     """Compile a program's pieces.
 
     Layers repeat, so most pieces have twins: graphs that are equal but for names. Weights and caches are inputs, so
-    one compiled piece serves all its twins. Compact segments are compiled when they are first run, by
-    ``torch.compile``: the number of their rows is a size of its own, which needs guards.
+    one compiled piece serves all its twins. Pieces that only run once a token has left are compiled when they are
+    first run, or by ``Lazy.compile``.
 
     Args:
         program: what ``passes.run`` returned. Its graphs are consumed.
@@ -38,13 +42,15 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     if lowering == "eager":
         return {name: piece.graph for name, piece in program.pieces.items()}
     patches = torch._inductor.list_mode_options(mode) if mode else {}
+    forms = fastest_forms(set().union(*(find_linears(p.graph.graph) for p in program.pieces.values())))
     compiled: dict[str, Runnable] = {}
     runnables = {}
     started = time.perf_counter()
     for name, piece in program.pieces.items():
         key = structure_key(piece.graph)
         if key not in compiled:
-            compiled[key] = _Later(piece, patches) if name.endswith(".compact") else _compile(piece, patches)
+            patch = patches | _linears(piece, forms)
+            compiled[key] = Lazy(piece, patch) if _is_later(name) else _compile(piece, patch)
         runnables[name] = compiled[key]
     log.info(
         "compiled %d distinct of %d pieces in %.1f s",
@@ -55,32 +61,59 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     return runnables
 
 
+def _is_later(name: str) -> bool:
+    """Whether a piece runs only when a token has left."""
+    return name.startswith(("fill_", "project_")) or name.endswith((".masked", ".compact"))
+
+
+def _linears(piece: Piece, forms: dict[Linear, Form]) -> dict[str, object]:
+    chosen = {linear: forms[linear] for linear in find_linears(piece.graph.graph) & forms.keys()}
+    return {"post_grad_custom_pre_pass": [LowerLinears(chosen), LowerAttention()]}
+
+
 def _compile(piece: Piece, patches: dict[str, object]) -> Runnable:
     inputs = [_canonical(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
     with tracing(
         TracingContext(mode)
     ):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
-        return compile_fx(piece.graph, inputs, config_patches=patches or None)
+        return compile_fx(piece.graph, inputs, config_patches=patches)
 
 
-class _Later:
-    """A piece that is compiled by ``torch.compile`` when it is first run."""
+class Lazy:
+    """A piece that is compiled when it is first run.
+
+    Sizes that are not constants need guards, and those of the whole graph are closed by then: such a piece is compiled
+    by ``torch.compile``, which brings its own.
+    """
 
     def __init__(self, piece: Piece, patches: dict[str, object]) -> None:
         self._piece, self._patches, self._run = piece, patches, None
         values = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
         self._dynamic = {i: sizes for i, v in enumerate(values) if (sizes := _symbolic_sizes(v))}
-        self._rows = piece.inputs.index(ROWS)
+        self._guarded = bool(self._dynamic) or any(isinstance(v, torch.SymInt) for v in values)
+        self._rows = piece.inputs.index(ROWS) if ROWS in piece.inputs else None
+        self._lock = threading.Lock()
 
     def __call__(self, *arguments: object) -> tuple:
-        if self._run is None:  # in a module of its own: Dynamo skips code that was generated while it compiled
+        if self._run is None:
+            with self._lock:
+                self._run = self._run or self._compile(arguments)
+        if self._rows is not None:
+            torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
+        return self._run(*arguments)
+
+    def _compile(self, arguments: tuple[object, ...]) -> Runnable:
+        started = time.perf_counter()
+        if not self._guarded and self._rows is None:
+            run = _compile(self._piece, self._patches)
+        else:  # in a module of its own: Dynamo skips code that was generated while it compiled
             module = GraphModule(self._piece.graph, self._piece.graph.graph)
-            self._run = torch.compile(module.forward, fullgraph=True, options=self._patches or None)
+            run = torch.compile(module.forward, fullgraph=True, options=self._patches)
             for position, sizes in self._dynamic.items():
                 torch._dynamo.maybe_mark_dynamic(arguments[position], sizes)
-        torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
-        return self._run(*arguments)
+        log.info("compiled a piece on its first run in %.1f s", time.perf_counter() - started)
+        return run
 
 
 def _symbolic_sizes(value: object) -> list[int]:

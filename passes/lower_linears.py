@@ -1,0 +1,136 @@
+"""lower_linears: products of few rows with a weight, each in the form that is fastest for its shape.
+
+Runs inside Inductor, on the ATen graph of a piece: there quantised weights have become plain tensors too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tide_compile.passes.fx_tools import replace_traced, value_of
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.fx import Graph, Node
+
+Form = Literal["aten", "stream"]
+
+CHUNKS = 4  # of a weight that are read side by side: accumulators that do not wait for each other
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """x [rows, ins] in ``dtype`` times the transpose of a weight [outs, ins] that is kept in ``stored``."""
+
+    rows: int
+    outs: int
+    ins: int
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    def __str__(self) -> str:
+        kept = "" if self.stored == self.dtype else f" from {self.stored}"
+        return f"[{self.rows}, {self.ins}] x [{self.outs}, {self.ins}] {self.dtype}{kept}".replace("torch.", "")
+
+
+def find_linears(graph: Graph) -> set[Linear]:
+    """The products on a CPU in a graph before AOT whose sizes are constants."""
+    found = set()
+    for target in (torch._C._nn.linear, aten.linear.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            x, weight = (value_of(n) for n in node.args[:2])
+            if x.device.type == "cpu" and all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
+                found.add(Linear(math.prod(x.shape[:-1]), *weight.shape, x.dtype, _stored(weight)))
+    return found
+
+
+def _stored(weight: Tensor) -> torch.dtype:
+    """The dtype in memory: a quantised weight is a subclass around a smaller tensor of the same shape."""
+    if hasattr(weight, "__tensor_flatten__"):
+        parts = (getattr(weight, name) for name in weight.__tensor_flatten__()[0])
+        return next((_stored(p) for p in parts if p.shape == weight.shape), weight.dtype)
+    return weight.dtype
+
+
+def stream(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, chunks: int = CHUNKS) -> Tensor:
+    """x [M, K] times the transpose of ``weight`` [N, K]: one sum for each row and each of ``chunks`` parts of N.
+
+    Inductor makes one loop of all sums of the same size, also of those of other products with the same ``x``, which
+    reads every weight once, in order, at the speed of the memory. Sums are in fp32.
+    """
+    size = weight.shape[0] // chunks
+    parts = [weight.narrow(0, i * size, size).float() for i in range(chunks)]
+    sums = torch.cat([(part * row).sum(-1) for row in x.float() for part in parts])  # written in place, not copied
+    result = sums.view(x.shape[0], weight.shape[0]).to(x.dtype)
+    return result if bias is None else result + bias
+
+
+def chunk_of(outs: Sequence[int]) -> int:
+    """A number of rows that divides the weights of all products with one ``x``, so that there are about ``CHUNKS``."""
+    shared = math.gcd(*outs)
+    wanted = max(1, sum(outs) // CHUNKS)
+    return min((d for d in range(1, shared + 1) if shared % d == 0), key=lambda d: abs(math.log(d / wanted)))
+
+
+class LowerLinears(CustomGraphPass):
+    """Rewrite products that are listed as ``"stream"``; the others stay as they are.
+
+    Before: ``mm(x, permute(w))``, with ``w`` an input of the graph, maybe converted to the dtype of ``x``. After: sums
+    of elementwise products, see ``stream``.
+
+    Safe because both compute the same sums of products; weights are neither copied nor reordered.
+    """
+
+    def __init__(self, forms: Mapping[Linear, Form]) -> None:
+        self.streamed = {linear for linear, form in forms.items() if form == "stream"}
+
+    def uuid(self) -> object:
+        return get_hash_for_files((__file__,)), sorted(map(str, self.streamed))
+
+    def __call__(self, graph: Graph) -> None:
+        by_input: dict[Node, list[tuple[Node, Node, Node, list[Node]]]] = defaultdict(list)
+        for target in (aten.mm.default, aten.addmm.default):
+            for node in graph.find_nodes(op="call_function", target=target):
+                *bias, x, transposed = node.args
+                weight = _weight_of(transposed)
+                if weight is not None and not node.kwargs and _linear_of(x, weight) in self.streamed:
+                    by_input[_origin(x)].append((node, x, weight, bias))
+        for products in by_input.values():
+            chunk = chunk_of([_value(weight).shape[0] for _, _, weight, _ in products])
+            for node, x, weight, bias in products:
+                chunks = _value(weight).shape[0] // chunk
+                replace_traced(graph, node, [x, weight, *bias], functools.partial(stream, chunks=chunks))
+
+
+def _origin(x: Node) -> Node:
+    """What ``x`` is another shape of."""
+    while x.target in (aten.view.default, aten.reshape.default):
+        x = x.args[0]
+    return x
+
+
+def _weight_of(factor: Node) -> Node | None:
+    """The input [N, K] of which ``factor`` [K, N] is the transpose, maybe in another dtype; None if it is none."""
+    transposed = False
+    while factor.op != "placeholder":
+        if factor.target is aten.permute.default and list(factor.args[1]) == [1, 0]:
+            transposed = not transposed
+        elif factor.target is not prims.convert_element_type.default:
+            return None
+        factor = factor.args[0]
+    return factor if transposed and _value(factor).is_contiguous() else None
+
+
+def _linear_of(x: Node, weight: Node) -> Linear:
+    return Linear(_value(x).shape[0], *_value(weight).shape, _value(x).dtype, _value(weight).dtype)
+
+
+def _value(node: Node) -> Tensor:
+    return node.meta["val"]

@@ -1,0 +1,119 @@
+"""Products and attention of few rows take another form inside Inductor, and give the same numbers."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from tide_compile.passes.lower_attention import LowerAttention
+from tide_compile.passes.lower_linears import Linear, LowerLinears, chunk_of, find_linears
+from torch import nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from tests.checks import assert_close
+from tests.test_passes import capture
+from tide_compile import tuning
+
+aten = torch.ops.aten
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Spy:
+    """Counts the operators that the passes before it have left."""
+
+    def __call__(self, graph):
+        self.count = Counter(node.target for node in graph.nodes)
+
+    def uuid(self):
+        return None  # no cache: the pass has to run
+
+
+def compiled_with(function, *passes):
+    spy = Spy()
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, options={"post_grad_custom_pre_pass": [*passes, spy]}), spy
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_streamed(rows, dtype):
+    """Three products with one input, of which one has a bias, next to a product with a computed matrix and one
+    that is not listed, which have to stay. Catches wrong parts, rows in the wrong order, a lost bias."""
+    x, q, k, v = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(1, rows, 48), (48, 48), (16, 48), (16, 48)]))
+    bias, other = random(16, dtype=dtype), random(24, 48, dtype=dtype)
+
+    def function(x):
+        queries = linear(x, q)[0]
+        return queries, linear(x, k, bias), linear(x, v), linear(queries, k.sin()), linear(x, other)
+
+    forms = {Linear(rows, outs, 48, dtype, dtype): "stream" for outs in (48, 16)}
+    run, spy = compiled_with(function, LowerLinears(forms))
+    for got, want in zip(run(x), function(x), strict=True):
+        assert_close(got, want)
+    assert spy.count[aten.mm.default] == 2 and not spy.count[aten.addmm.default]
+    assert spy.count[aten.sum.dim_IntList] == rows * (3 + 1 + 1)  # parts of 16 rows: all in one loop
+
+
+@torch.no_grad()
+def test_quantised_weights_are_streamed():
+    """int8 weights (torchao) are read as int8: they must not be written out in the dtype of the model first."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).to(torch.bfloat16)
+    quantize_(model, Int8WeightOnlyConfig())
+    x = random(1, 64, dtype=torch.bfloat16)
+    (graph,) = capture(model, x)
+    found = find_linears(graph.graph)
+    assert found == {Linear(1, 32, 64, torch.bfloat16, torch.int8)}
+    run, spy = compiled_with(model, LowerLinears(dict.fromkeys(found, "stream")))
+    assert_close(run(x), model(x))
+    assert not spy.count[aten.mm.default] and spy.count[aten.sum.dim_IntList]
+
+
+def test_parts_divide_all_products():
+    """Inductor makes one loop only of sums of the same size."""
+    assert chunk_of([576, 192, 192]) == 192 and chunk_of([1536, 1536]) == 768 and chunk_of([7, 11]) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query(masked, dtype):
+    """Groups of queries share keys; attention of two queries has to stay."""
+    query, key, value = (random(2, heads, 7, 16, dtype=dtype, seed=heads) for heads in (4, 2, 1))
+    value = value.expand(2, 2, 7, 16)
+    mask = torch.where(random(2, 1, 2, 7) > 0, 0.0, float("-inf")).to(dtype)
+    mask[..., 0] = 0
+
+    def attend(query, key, value, rows):
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        chosen = mask[:, :, :rows] if masked else None
+        return scaled_dot_product_attention(query[:, :, :rows], key, value, attn_mask=chosen, scale=0.3)
+
+    def function(query, key, value):
+        return attend(query, key, value, 1), attend(query, key, value, 2)
+
+    run, spy = compiled_with(function, LowerAttention())
+    for got, want in zip(run(query, key, value), function(query, key, value), strict=True):
+        assert_close(got, want)
+    assert spy.count[FLASH] == 1
+
+
+def test_forms_are_measured_once(monkeypatch, tmp_path):
+    """The second process finds the result; a broken file is measured anew."""
+    measured = []
+    monkeypatch.setattr(tuning, "_seconds", lambda product, linear: measured.append(linear) or float(len(measured)))
+    product = Linear(4, 8, 16, torch.float32, torch.float32)
+    assert tuning.fastest_forms({product}) == {product: "aten"}
+    count = len(measured)
+    assert tuning.fastest_forms({product}) == {product: "aten"} and len(measured) == count
+    (path,) = tmp_path.rglob("linears.json")
+    assert count == 2 and list(json.loads(path.read_text()).values()) == [{str(product): "aten"}]
+    path.write_text("{")
+    tuning.fastest_forms({product})
+    assert len(measured) == 2 * count

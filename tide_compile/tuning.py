@@ -1,0 +1,97 @@
+"""Tuning: which form of a product is fastest here, measured once per shape and kept in the cache folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tide_compile.device import cpu_name
+from tide_compile.files import cache_folder, write_text
+from tide_compile.passes.lower_linears import CHUNKS, Form, Linear, stream
+
+log = logging.getLogger("tide_compile")
+
+_MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
+_WORKING_SET = 1 << 26  # bytes of weights that are read in turn, so that they come from memory, as in a model
+_ROUNDS = 5
+_CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
+
+
+def fastest_forms(linears: Iterable[Linear]) -> dict[Linear, Form]:
+    """The fastest form of each product of few rows on this machine's CPU, measured in some 0.1 s unless it is known.
+
+    Results are kept in ``linears.json`` in the cache folder, by processor, threads and torch version.
+    """
+    known = _load().get(_machine(), {})
+    few = [linear for linear in sorted(linears, key=str) if linear.rows <= _MOST_STREAMED]
+    missing = [linear for linear in few if str(linear) not in known]
+    for linear in missing:
+        seconds = {form: _seconds(product, linear) for form, product in _candidates(linear).items()}
+        known[str(linear)] = "stream" if seconds["stream"] < seconds["aten"] + _CALL else "aten"
+        log.info("%s: %s", linear, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
+    if missing:
+        write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
+    return {linear: known[str(linear)] for linear in few}
+
+
+def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]]:
+    streamed = _streamed(linear.rows, linear.dtype, linear.stored)
+    if linear.stored == linear.dtype:
+        return {"aten": torch.nn.functional.linear, "stream": streamed}
+    return {"aten": lambda x, weight: torch.nn.functional.linear(x, weight.to(x.dtype)), "stream": streamed}
+
+
+@functools.cache
+def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor, Tensor], object]:
+    """``stream`` compiled for weights of any size."""
+    example = torch.ones(rows, 8 * CHUNKS, dtype=dtype), torch.ones(16 * CHUNKS, 8 * CHUNKS).to(stored)
+    graph = make_fx(lambda x, weight: (stream(x, weight),), tracing_mode="symbolic")(*example)
+    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    with tracing(TracingContext(inputs[0].fake_mode)):
+        return compile_fx(graph, inputs)
+
+
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], linear: Linear) -> float:
+    size = linear.outs * linear.ins * linear.stored.itemsize
+    count = max(2, min(64, _WORKING_SET // size))
+    x = torch.ones(linear.rows, linear.ins, dtype=linear.dtype)
+    weights = torch.ones(count, linear.outs, linear.ins, dtype=linear.stored).unbind()
+    product(x, weights[0])
+    return statistics.median(_once(product, x, weights) for _ in range(_ROUNDS)) / count
+
+
+def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
+    started = time.perf_counter()
+    for weight in weights:
+        product(x, weight)
+    return time.perf_counter() - started
+
+
+def _path() -> Path:
+    return cache_folder() / "linears.json"
+
+
+def _machine() -> str:
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _load() -> dict[str, dict[str, Form]]:
+    """Forms by product, by machine."""
+    try:
+        return json.loads(_path().read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError:
+        log.warning("%s cannot be read and is measured anew", _path())
+        return {}
