@@ -226,20 +226,27 @@ class _Rewriter:
         else:
             for _ in range(-axis.batch):  # the value is the same for all sequences and has no dimension for them
                 source, row = self._call(aten.unsqueeze.default, source, 0), row + 1
-            rank = value_of(node).dim() + max(-axis.batch, 0)
-            result = self._call(aten.take_along_dim.default, source, self._index(rank, max(axis.batch, 0), row), row)
+            result = self._gathered(source, (*[1] * -axis.batch, *value_of(node).shape), max(axis.batch, 0), row)
         result.meta[MOVED] = value_of(node)
         if node in self.lasting:
             self.some[node, axis] = result
         return result
 
-    def _index(self, rank: int, batch: int, row: int) -> Node:
-        """The indices [B, n] with B and n at these dimensions of ``rank``."""
+    def _gathered(self, source: Node, shape: tuple[int | torch.SymInt, ...], batch: int, row: int) -> Node:
+        """``source`` of ``shape``, with sequences (or one for all of them) and rows at these dimensions, on the rows of
+        each sequence. Not by ``take_along_dim``, which takes the sizes of ``source`` for constants."""
         index = self.all[self.rows]
-        for dim in range(rank):
+        for dim in range(len(shape)):
             if dim not in (batch, row):
                 index = self._call(aten.unsqueeze.default, index, dim)
-        return index
+        sequences = self._call(aten.sym_size.int, self.all[self.rows], 0)
+        source = self._call(aten.expand.default, source, [sequences if d == batch else -1 for d in range(len(shape))])
+        kept = (batch, row)
+        sizes = [
+            -1 if d in kept else s if isinstance(s, int) else self._call(aten.sym_size.int, source, d)
+            for d, s in enumerate(shape)
+        ]
+        return self._call(aten.gather.default, source, row, self._call(aten.expand.default, index, sizes))
 
     def _flat_index(self) -> Node:
         """The indices into [B * S]."""

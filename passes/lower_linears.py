@@ -41,13 +41,12 @@ class Linear:
 
 
 def find_linears(graph: Graph) -> set[Linear]:
-    """The products on a CPU in a graph before AOT whose sizes are constants."""
+    """The products on a CPU in a Dynamo graph whose sizes are constants."""
     found = set()
-    for target in (torch._C._nn.linear, aten.linear.default):
-        for node in graph.find_nodes(op="call_function", target=target):
-            x, weight = (value_of(n) for n in node.args[:2])
-            if x.device.type == "cpu" and all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
-                found.add(Linear(math.prod(x.shape[:-1]), *weight.shape, x.dtype, _stored(weight)))
+    for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+        x, weight = (value_of(n) for n in node.args[:2])
+        if x.device.type == "cpu" and all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
+            found.add(Linear(math.prod(x.shape[:-1]), *weight.shape, x.dtype, _stored(weight)))
     return found
 
 
@@ -128,7 +127,9 @@ def _weight_of(factor: Node) -> Node | None:
     return factor if transposed and _value(factor).is_contiguous() else None
 
 
-def _linear_of(x: Node, weight: Node) -> Linear:
+def _linear_of(x: Node, weight: Node) -> Linear | None:
+    if not isinstance(_value(x).shape[0], int):
+        return None
     return Linear(_value(x).shape[0], *_value(weight).shape, _value(x).dtype, _value(weight).dtype)
 
 

@@ -1,6 +1,7 @@
 """Products and attention of few rows take another form inside Inductor, and give the same numbers."""
 
 import json
+import logging
 from collections import Counter
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from tests.checks import assert_close
+from tests.models import GENERATE, prompt
 from tests.test_passes import capture
-from tide_compile import tuning
+from tide_compile import TIDE, RouterBank, TIDEConfig, record_times, tuning
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -31,7 +33,7 @@ class Spy:
 def compiled_with(function, *passes):
     spy = Spy()
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, options={"post_grad_custom_pre_pass": [*passes, spy]}), spy
+    return torch.compile(function, options={"post_grad_custom_pre_pass": [*passes, spy]}), spy
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -57,6 +59,16 @@ def test_streamed(rows, dtype):
         assert_close(got, want)
     assert spy.count[aten.mm.default] == 2 and not spy.count[aten.addmm.default]
     assert spy.count[aten.sum.dim_IntList] == rows * (3 + 1 + 1)  # parts of 16 rows: all in one loop
+
+
+@torch.no_grad()
+def test_prompts_of_any_length_stay():
+    """The number of rows is a symbol there."""
+    x, w = random(9, 48), random(32, 48)
+    run, spy = compiled_with(lambda x: linear(x, w), LowerLinears({Linear(1, 32, 48, x.dtype, x.dtype): "stream"}))
+    torch._dynamo.mark_dynamic(x, 0)
+    assert_close(run(x), linear(x, w))
+    assert spy.count[aten.mm.default] == 1
 
 
 @torch.no_grad()
@@ -117,3 +129,19 @@ def test_forms_are_measured_once(monkeypatch, tmp_path):
     path.write_text("{")
     tuning.fastest_forms({product})
     assert len(measured) == 2 * count
+
+
+def test_warmup_compiles_everything(model, caplog):
+    """Catches a piece that is compiled while a user waits: after warmup neither Dynamo nor a piece has to be."""
+    ids, mask = prompt(2, padding=0)
+    bank = RouterBank.synthetic(model, ids, {0: 0.3, 1: 0.3})
+    engine = TIDE(model, bank, TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always"))
+    assert engine.warmup(batch_size=2) > 0
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with caplog.at_level(logging.INFO, "tide_compile"), record_times() as times:
+        engine.generate(ids, attention_mask=mask, **GENERATE)
+    assert not [r for r in caplog.messages if "compiled" in r]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    ran = times.seconds
+    assert "segment_1.compact" in ran and len(ran["executor"]) == len(ran["epilogue"]) == GENERATE["max_new_tokens"]
+    assert all(s > 0 for seconds in ran.values() for s in seconds)

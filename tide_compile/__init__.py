@@ -17,6 +17,7 @@ from tide_compile.reference import eager_reference  # noqa: E402
 from tide_compile.registry import attach  # noqa: E402
 from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
 from tide_compile.stats import ExitStats, record_exits  # noqa: E402
+from tide_compile.times import record_times  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "calibrate",
     "eager_reference",
     "record_exits",
+    "record_times",
 ]

@@ -77,6 +77,11 @@ class Compaction:
         order = torch.argsort(flat.logical_not().to(torch.uint8), dim=-1, stable=True)
         return order[..., :count].contiguous()
 
+    def some_rows(self, active: Tensor) -> Tensor:
+        """As ``rows``, about half of the rows: with all of them, sizes would be taken for equal."""
+        chosen = self.rows(active, active.numel())
+        return chosen[..., : max(_FEWEST, chosen.shape[-1] // 2)].contiguous()
+
     def decide(self, segment: str, rows: Tensor, active: Tensor) -> Decision | None:
         """None for a segment that has no compact form."""
         work = self._work.get(segment)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import StaticCache, StoppingCriteria
 
 from tide_compile.config import TIDEConfig
+from tide_compile.executor import rehearsal
 from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
 
+_WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
 _SMALLEST_CACHE = 256  # tokens; below that a longer cache costs nothing measurable and saves a recompilation
 _OTHER_CACHE = ("cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 
@@ -86,6 +89,26 @@ class TIDE:
             kwargs["cache_implementation"] = "static"
         return self._generate(input_ids, **kwargs)
 
+    def warmup(self, batch_size: int = 1, prompt_length: int = 16, max_new_tokens: int = 64) -> float:
+        """Compile everything that prompts and decoding of ``batch_size`` sequences can need, before the first request.
+
+        Args:
+            prompt_length: of the prompt that is run; those of other lengths need no compilation of their own.
+            max_new_tokens: of the requests to come; with ``prompt_length``, the cache is made long enough for them.
+
+        Returns:
+            Seconds that it took.
+        """
+        started = time.perf_counter()
+        ids = torch.ones(batch_size, prompt_length, dtype=torch.long, device=self.model.device)
+        with rehearsal():
+            self.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                stopping_criteria=[_Long(prompt_length + _WARM_TOKENS)],
+            )  # fmt: skip
+        self.last_stats = None
+        return time.perf_counter() - started
+
     @staticmethod
     def calibrate(*args: object, **kwargs: object) -> RouterBank:
         """``tide_compile.calibrate``, where the reference has it."""
@@ -126,6 +149,16 @@ class TIDE:
             if shape is not None:
                 self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
         return self._cache
+
+
+class _Long(StoppingCriteria):
+    """Sequences of ``length`` tokens end."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        return input_ids.new_full(input_ids.shape[:1], input_ids.shape[1] >= self.length, dtype=torch.bool)
 
 
 def _mark_prompt_length(kwargs: dict[str, object]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -15,19 +17,42 @@ from tide_compile.compaction import Compaction
 from tide_compile.errors import RouterMismatchError
 from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, ROWS, THRESHOLD, VALID, Plan, Program, Settings
 from tide_compile.stats import PADDING, ExitStats, active_recorders
+from tide_compile.times import EXECUTOR, timed_maybe, timing
 
 log = logging.getLogger("tide_compile")
+
+
+_rehearsing: ContextVar[bool] = ContextVar("tide_rehearsing", default=False)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Inside, every call also runs the pieces that it does not need, which compiles them. What it writes into a cache
+    is of no use."""
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     """A compiled piece and the slots of the environment that it reads and writes."""
 
+    name: str
     run: Callable[..., tuple]
     read: Callable[[list], tuple]
     write: tuple[int, ...]
 
     def __call__(self, env: list) -> None:
+        if timing():
+            with timed_maybe(self.name):
+                self._run(env)
+        else:
+            self._run(env)
+
+    def _run(self, env: list) -> None:
         for slot, value in zip(self.write, self.run(*self.read(env)), strict=True):
             env[slot] = value
 
@@ -92,7 +117,7 @@ class Executor:
             if piece is None:
                 return None
             write = tuple(slots[n] for n in piece.outputs)
-            return _Call(runnables[name], _reader([slots[n] for n in piece.inputs]), write)
+            return _Call(name, runnables[name], _reader([slots[n] for n in piece.inputs]), write)
 
         self._prologue, self._epilogue = call("prologue"), call("epilogue")
         self._segments = tuple(
@@ -121,6 +146,10 @@ class Executor:
         self._results = tuple((slots[r], None) if isinstance(r, str) else (None, r) for r in program.results)
 
     def __call__(self, *arguments: object) -> tuple:
+        with timed_maybe(EXECUTOR):
+            return self._forward(arguments)
+
+    def _forward(self, arguments: tuple[object, ...]) -> tuple:
         env = [*arguments, *self._constants_of(arguments)]
         self._prologue(env)
         valid = env[self._valid] = env[self._active]
@@ -152,11 +181,25 @@ class Executor:
             left = valid & ~env[self._active]
             env[self._hidden] = torch.where(left.unsqueeze(-1), env[self._out], env[self._hidden])
         self._epilogue(env)
+        if _rehearsing.get():
+            self._rehearse(env)
         for recorder in recorders:
             recorder.add(len(self.plan.layers), exits, valid if remaining is None else remaining)
             if recorder.per_token:
                 recorder.exit_layers.append(trace.layers)
         return tuple(value if slot is None else env[slot] for slot, value in self._results)
+
+    def _rehearse(self, env: list) -> None:
+        """Run what this pass did not need on what it has left behind, so that it is compiled."""
+        results = list(env)
+        valid = results[self._valid]
+        if self._compaction.possible:
+            results[self._rows] = self._compaction.some_rows(valid)
+        results[self._out] = results[self._hidden] if results[self._out] is None else results[self._out]
+        for segment in self._segments:
+            for call in (segment.masked, segment.compact, segment.project, segment.fill):
+                if call is not None:  # numbers are copied: a cache that counts its tokens would overflow
+                    call([x.clone() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in results])
 
     def _variant(self, segment: _Segment, env: list, mixed: bool, recorders: tuple[ExitStats, ...]) -> _Call:
         if not mixed:

@@ -13,7 +13,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from tide_compile.passes.fx_tools import structure_key, value_of
+from tide_compile.passes.fx_tools import call, structure_key, value_of
 from tide_compile.passes.lower_attention import LowerAttention
 from tide_compile.passes.lower_linears import Form, Linear, LowerLinears, find_linears
 from tide_compile.passes.plan import ROWS, Piece, Program
@@ -46,8 +46,9 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     compiled: dict[str, Runnable] = {}
     runnables = {}
     started = time.perf_counter()
+    keys = {name: structure_key(piece.graph) for name, piece in program.pieces.items()}  # compiling changes graphs
     for name, piece in program.pieces.items():
-        key = structure_key(piece.graph)
+        key = keys[name]
         if key not in compiled:
             patch = patches | _linears(piece, forms)
             compiled[key] = Lazy(piece, patch) if _is_later(name) else _compile(piece, patch)
@@ -88,14 +89,17 @@ class Lazy:
     """
 
     def __init__(self, piece: Piece, patches: dict[str, object]) -> None:
+        self._kept = _read_sizes(piece.graph)
         self._piece, self._patches, self._run = piece, patches, None
         values = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
         self._dynamic = {i: sizes for i, v in enumerate(values) if (sizes := _symbolic_sizes(v))}
         self._guarded = bool(self._dynamic) or any(isinstance(v, torch.SymInt) for v in values)
-        self._rows = piece.inputs.index(ROWS) if ROWS in piece.inputs else None
+        inputs = [piece.inputs[i] for i in self._kept]
+        self._rows = inputs.index(ROWS) if ROWS in inputs else None
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: object) -> tuple:
+        arguments = [arguments[i] for i in self._kept]
         if self._run is None:
             with self._lock:
                 self._run = self._run or self._compile(arguments)
@@ -103,7 +107,7 @@ class Lazy:
             torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
         return self._run(*arguments)
 
-    def _compile(self, arguments: tuple[object, ...]) -> Runnable:
+    def _compile(self, arguments: list[object]) -> Runnable:
         started = time.perf_counter()
         if not self._guarded and self._rows is None:
             run = _compile(self._piece, self._patches)
@@ -114,6 +118,31 @@ class Lazy:
                 torch._dynamo.maybe_mark_dynamic(arguments[position], sizes)
         log.info("compiled a piece on its first run in %.1f s", time.perf_counter() - started)
         return run
+
+
+def _read_sizes(gm: GraphModule) -> list[int]:
+    """Let a graph read the sizes that it is given as numbers from its tensors instead, if they are there, because
+    ``torch.compile`` takes a number for a constant until it changes. Returns the positions of the inputs that are left.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    numbers = {n: value_of(n).node.expr for n in placeholders if isinstance(value_of(n), torch.SymInt)}
+    tensors = [n for n in placeholders if isinstance(value_of(n), torch.Tensor)]
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    kept = []
+    for position, node in enumerate(placeholders):
+        at = next(
+            ((t, d) for t in tensors for d in _symbolic_sizes(value_of(t)) if node in numbers
+             and value_of(t).shape[d].node.expr == numbers[node]), None,
+        )  # fmt: skip
+        if at is None:
+            kept.append(position)
+            continue
+        with gm.graph.inserting_before(first):
+            size = call(gm.graph, "size", *at)
+        node.replace_all_uses_with(size)
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return kept
 
 
 def _symbolic_sizes(value: object) -> list[int]:

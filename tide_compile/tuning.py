@@ -56,7 +56,8 @@ def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]
 def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor, Tensor], object]:
     """``stream`` compiled for weights of any size."""
     example = torch.ones(rows, 8 * CHUNKS, dtype=dtype), torch.ones(16 * CHUNKS, 8 * CHUNKS).to(stored)
-    graph = make_fx(lambda x, weight: (stream(x, weight),), tracing_mode="symbolic")(*example)
+    with tracing(None):  # else the sizes become symbols of the model that is being compiled
+        graph = make_fx(lambda x, weight: (stream(x, weight),), tracing_mode="symbolic")(*example)
     inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
     with tracing(TracingContext(inputs[0].fake_mode)):
         return compile_fx(graph, inputs)

@@ -1,0 +1,64 @@
+"""Times: how long the pieces of a forward pass take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+EXECUTOR = "executor"  # a whole forward pass behind Dynamo's guards
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds by name, one entry per run: of ``executor`` (all of a call that follows Dynamo's guards) and of the
+    pieces in it: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``, ``segment_<i>.compact``, ``project_<layer>``,
+    ``fill_<layer>`` and ``epilogue``."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+
+
+_times: ContextVar[Times | None] = ContextVar("tide_times", default=None)
+
+
+@contextmanager
+def record_times() -> Iterator[Times]:
+    """Time the pieces of every compiled call inside the block (of this thread or task). On a GPU each is waited for,
+    so that a pass takes longer than it would."""
+    times = Times()
+    token = _times.set(times)
+    try:
+        yield times
+    finally:
+        _times.reset(token)
+
+
+@contextmanager
+def timed_maybe(name: str) -> Iterator[None]:
+    """Time a block if somebody asked for it."""
+    times = _times.get()
+    if times is None:
+        yield
+        return
+    _wait()
+    started = time.perf_counter()
+    yield
+    _wait()
+    times.add(name, time.perf_counter() - started)
+
+
+def timing() -> bool:
+    """Whether somebody asked for times."""
+    return _times.get() is not None
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
