@@ -56,9 +56,9 @@ def _fits(config: triton.Config, sizes: Mapping[str, object]) -> bool:
 
 @tuned(
     [
-        triton.Config({"BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=2),
-        triton.Config({"BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
-        triton.Config({"BLOCK_N": 16, "BLOCK_K": 128}, num_warps=4, num_stages=2),
+        triton.Config({"BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=3),
+        triton.Config({"BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
+        triton.Config({"BLOCK_N": 32, "BLOCK_K": 64}, num_warps=8, num_stages=3),
     ],
     ["N", "K", "BLOCK_T"],
     _fits,

@@ -76,7 +76,8 @@ def _decide(logit, row, inside, active, threshold, score, leave):
     tl.store(leave + row, may & (value > tl.load(threshold).to(tl.float32)), mask=inside)
 
 
-_TILE = 512  # numbers of a tile of ``down`` per warp of a matrix product; more does not fit the registers
+_WIDEST = 128  # units of the bottleneck in a program; more does not fit the registers
+_TILE = 512  # numbers of a tile of ``down`` per warp of a matrix product; more does not fit either
 
 
 def _fits(config: triton.Config, sizes: Mapping[str, object]) -> bool:
@@ -84,14 +85,14 @@ def _fits(config: triton.Config, sizes: Mapping[str, object]) -> bool:
     block_h = config.kwargs["BLOCK_H"]
     if sizes["BLOCK_T"] == 1:
         return block_h >= 256 and block_h <= max(256, sizes["H"])
-    return block_h < 256 and block_h * sizes["BLOCK_D"] <= _TILE * config.num_warps
+    wide = sizes["BLOCK_D"] == _WIDEST
+    return block_h < 256 and (wide or block_h > 16) and block_h * sizes["BLOCK_D"] <= _TILE * config.num_warps
 
 
 @tuned(
     [
         triton.Config({"BLOCK_H": 32}, num_warps=4, num_stages=2),
         triton.Config({"BLOCK_H": 32}, num_warps=8, num_stages=2),
-        triton.Config({"BLOCK_H": 16}, num_warps=8, num_stages=2),
         triton.Config({"BLOCK_H": 16}, num_warps=4, num_stages=2),
         triton.Config({"BLOCK_H": 256}, num_warps=4, num_stages=1),
         triton.Config({"BLOCK_H": 512}, num_warps=8, num_stages=1),
@@ -181,7 +182,7 @@ DECIDE_ROWS = 128  # per program of _decide_kernel
 def blocks_of(rows: object, bottleneck: int) -> tuple[int, int]:
     """(BLOCK_T, BLOCK_D) for a number of rows. Few rows make few programs, and each would have to read all of ``down``
     alone: so the bottleneck is split among programs. A symbolic number of rows counts as many."""
-    whole = max(16, triton.next_power_of_2(bottleneck))
+    whole = min(max(16, triton.next_power_of_2(bottleneck)), _WIDEST)
     if not isinstance(rows, int) or rows > 1024:
         return 16, whole
     return (1 if rows <= FEW else 16), min(16 if rows <= FEW else 32, whole)
