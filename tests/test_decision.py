@@ -1,5 +1,7 @@
 """One host read per checkpoint: counted on the CPU, and run on meta tensors, which cannot be read at all."""
 
+import functools
+
 import pytest
 import torch
 from tide_compile.passes.run import run
@@ -7,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from tests.models import HIDDEN, LAYERS, logits_of, prompt, tiny
-from tide_compile import RouterBank, TIDEConfig, executor
+from tests.test_passes import decode_graph, passes, settings
+from tide_compile import RouterBank, TIDEConfig, executor, lowering
 from tide_compile.compaction import Compaction
 from tide_compile.decision import DecisionReader
 from tide_compile.device import Device
@@ -118,26 +121,36 @@ def test_finished_sequences_are_not_read():
     assert hidden.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
 
 
-def test_mode_reaches_inductor(monkeypatch):
+def test_mode_reaches_inductor(monkeypatch, bank, model):
     """``mode="reduce-overhead"`` asks Inductor for CUDA graphs in every piece."""
     asked = []
-    from tide_compile import lowering
+    monkeypatch.setattr(lowering, "_compile", lambda piece, patches: (asked.append(patches), piece.graph)[1])
+    options = {"router": bank, "exit_threshold": 0.5, "min_layers": 2, "checkpoint_interval": 1}
+    compiled = torch.compile(model, backend="tide", options={**options, "mode": "reduce-overhead"})
+    logits_of(model, compiled, "static", 1, steps=1)
+    assert len(asked) >= 4 and all(patches["triton.cudagraphs"] for patches in asked)
 
-    original = lowering.compile_fx
 
-    def compile_fx(graph, inputs, config_patches=None):
-        asked.append(config_patches)
-        return original(graph, inputs)
+def test_inductor_knows_what_stays_where_it_is(monkeypatch):
+    """Weights and caches. Catches weights that would be copied before every replay of a CUDA graph, and writes to a
+    cache that would forbid graphs."""
+    seen = []
 
-    monkeypatch.setattr(lowering, "compile_fx", compile_fx)
-    bank = RouterBank.untrained(HIDDEN, LAYERS, layers=[1], bottleneck_dim=16)
-    options = {
-        "router": bank,
-        "exit_threshold": 0.5,
-        "min_layers": 2,
-        "checkpoint_interval": 2,
-        "mode": "reduce-overhead",
-    }
-    model = tiny("rmsnorm-rope-gqa")
-    logits_of(model, torch.compile(model, backend="tide", options=options), "none", 1)
-    assert asked and all(patches["triton.cudagraphs"] for patches in asked)
+    def inner(gm, example_inputs, static_input_idxs=(), **kwargs):
+        seen.append((set(static_input_idxs), [tuple(getattr(x, "shape", ())) for x in example_inputs]))
+        raise RuntimeError("seen enough")
+
+    monkeypatch.setattr(lowering, "compile_fx", functools.partial(lowering.compile_fx, inner_compile=inner))
+    program, _ = passes(decode_graph(1), settings((1,), min_layers=2))
+    shapes = {"weight": (96, HIDDEN), "cache": (1, 2, 16, 16), "state": (1, 1, HIDDEN)}
+    found = dict.fromkeys(shapes, 0)
+    for name, piece in program.pieces.items():
+        uncached = torch._inductor.config.patch(force_disable_caches=True)
+        with uncached, pytest.raises(Exception, match="seen enough"):
+            lowering._compile(piece, {})
+        static, inputs = seen[-1]
+        for i, shape in enumerate(inputs):
+            for kind in (k for k, s in shapes.items() if s == shape):
+                assert (i in static) == (kind != "state"), (name, kind)
+                found[kind] += 1
+    assert all(found.values())

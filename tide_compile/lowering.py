@@ -38,13 +38,14 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
     if lowering == "eager":
         return {name: piece.graph for name, piece in program.pieces.items()}
     patches = torch._inductor.list_mode_options(mode) if mode else {}
+    plain = {n: v for n, v in patches.items() if n != "triton.cudagraphs"}  # a CUDA graph per number of rows is no use
     compiled: dict[str, Runnable] = {}
     runnables = {}
     started = time.perf_counter()
     for name, piece in program.pieces.items():
         key = structure_key(piece.graph)
         if key not in compiled:
-            compiled[key] = _Later(piece, patches) if name.endswith(".compact") else _compile(piece, patches)
+            compiled[key] = _Later(piece, plain) if name.endswith(".compact") else _compile(piece, patches)
         runnables[name] = compiled[key]
     log.info(
         "compiled %d distinct of %d pieces in %.1f s",
@@ -58,10 +59,23 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
 def _compile(piece: Piece, patches: dict[str, object]) -> Runnable:
     inputs = [_canonical(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
+    _hand_on_static_addresses(piece.graph)
     with tracing(
         TracingContext(mode)
     ):  # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
         return compile_fx(piece.graph, inputs, config_patches=patches or None)
+
+
+def _hand_on_static_addresses(gm: GraphModule) -> None:
+    """Let Inductor see which inputs Dynamo found at fixed addresses (parameters, static caches): CUDA graphs read those
+    where they are, copy all others first, and give up on a graph that writes into any other.
+
+    AOTAutograd looks for ``_dynamo_static_input_type`` only in graphs that look as if they came from Dynamo.
+    """
+    gm.meta.setdefault("dynamo_compile_id", None)
+    gm._param_name_to_source = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = None
 
 
 class _Later:
