@@ -188,7 +188,7 @@ def trap():
 
 
 def kept_apart():
-    """A NaN row spoils no other row of its tile, and a row that does not leave is not even read."""
+    """Rows that do not leave may hold anything: they spoil no other row of their tile."""
     h = states(21, 64, F32, strange=False)
     leave = torch.zeros(h.shape[:2], dtype=torch.bool)
     leave.view(-1)[5] = True

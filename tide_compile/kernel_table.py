@@ -79,7 +79,7 @@ def show_kernels(
         json.dump({"sizes": sizes, "kernels": [asdict(row) for row in found]}, sys.stdout, indent=1)
         print()
     else:
-        console = Console(width=None if sys.stdout.isatty() else 140)
+        console = Console(width=None if sys.stdout.isatty() else 150)
         console.print(_table(found, sizes))
         for error in dict.fromkeys(failed):
             console.print(f"none: {error}", highlight=False)
