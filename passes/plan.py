@@ -17,7 +17,7 @@ ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are paddi
 VALID = "tide_valid"  # [B, S] bool, rows that are no padding: ACTIVE as it was at first
 LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
 ROWS = "tide_rows"  # [n] or [B, n] int64, the tokens that a compact segment runs
-COUNTS = "tide_counts"  # [2] int64, rows leaving now and rows still active after that
+COUNTS = "tide_counts"  # [3] int64, rows leaving now, rows still active after that, the most of them in a sequence
 OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
 THRESHOLD = "tide_threshold"  # [] fp32
 

@@ -27,7 +27,8 @@ def splice_routers(program: Program, plan: Plan) -> Program:
     """Append the decision to each checkpoint's segment.
 
     Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, threshold, router) -> h', leave, active',
-    counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active]``.
+    counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active, most in a sequence]``:
+    all that the host wants to know, so that it reads once.
     With exit projections, one more piece per checkpoint: ``project(h, leave, out, W, b) -> out'``.
 
     Safe because it only adds nodes behind the segment's last value; the residual stream is untouched.
@@ -74,7 +75,9 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
         routed.meta["example_value"] = (score_value, score_value > 0)
         leave = call(graph, operator.getitem, routed, 1)
         remaining = call(graph, torch.logical_and, active, call(graph, torch.logical_not, leave))
-        counts = call(graph, torch.stack, [call(graph, torch.sum, leave), call(graph, torch.sum, remaining)])
+        per_sequence = call(graph, torch.sum, remaining, 1)
+        most = call(graph, torch.amax, per_sequence)
+        counts = call(graph, torch.stack, [call(graph, torch.sum, leave), call(graph, torch.sum, remaining), most])
     output.args = ((*output.args[0], leave, remaining, counts),)
     piece.graph.recompile()
     return Piece(

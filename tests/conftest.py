@@ -2,6 +2,7 @@ import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TIDE_AUTOTUNE"] = "0"  # before the kernels are imported: tests run one choice and measure nothing
 
 import pytest
 import setuptools  # noqa: F401  (before anything imports the distutils of the standard library: Inductor fails then)

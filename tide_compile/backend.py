@@ -11,10 +11,11 @@ from torch.fx import GraphModule
 
 from tide_compile import generate_guard
 from tide_compile.compaction import Compaction
+from tide_compile.compiled import compile_whole
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError
 from tide_compile.executor import Executor
-from tide_compile.lowering import compile_whole, lower
+from tide_compile.lowering import lower
 from tide_compile.passes.plan import Settings
 from tide_compile.passes.run import PassEvent, run
 from tide_compile.registry import find_bank, version_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tide_compile.config import TIDEConfig
 from tide_compile.device import measured
+from tide_compile.kernels.compact import compact as chosen_rows
 from tide_compile.passes.compact_rows import axis_of
 from tide_compile.passes.cost import Work, hint, work_of
 from tide_compile.passes.plan import Plan, Program
@@ -66,20 +66,18 @@ class Compaction:
         """Whether enough rows have left since there were ``before``."""
         return remaining <= before * (1 - self._threshold)
 
-    def rows(self, active: Tensor, remaining: int) -> Tensor:
+    def rows(self, active: Tensor, remaining: int, most: int) -> Tensor:
         """Indices of the active rows of [B, S]: [n] or, by sequence, [B, n], where others fill up a sequence that has
-        fewer."""
+        fewer. ``remaining``: how many there are; ``most``: in one sequence."""
         per_sequence = self._axis.batch is not None
         length = active.shape[self._axis.row]
-        most = int(active.sum(1).amax()) if per_sequence else remaining
-        count = min(length, max(_FEWEST, most))
-        flat = active if per_sequence else active.flatten()
-        order = torch.argsort(flat.logical_not().to(torch.uint8), dim=-1, stable=True)
-        return order[..., :count].contiguous()
+        count = min(length, max(_FEWEST, most if per_sequence else remaining))
+        rows = chosen_rows(active if per_sequence else active.reshape(1, -1), count)
+        return rows if per_sequence else rows[0]
 
     def some_rows(self, active: Tensor) -> Tensor:
         """As ``rows``, about half of the rows: with all of them, sizes would be taken for equal."""
-        chosen = self.rows(active, active.numel())
+        chosen = self.rows(active, active.numel(), active.shape[1])
         return chosen[..., : max(_FEWEST, chosen.shape[-1] // 2)].contiguous()
 
     def decide(self, segment: str, rows: Tensor, active: Tensor) -> Decision | None:

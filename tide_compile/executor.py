@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from tide_compile.compaction import Compaction
+from tide_compile.decision import DecisionReader
 from tide_compile.errors import RouterMismatchError
+from tide_compile.kernels.scatter import scatter
 from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, ROWS, THRESHOLD, VALID, Plan, Program, Settings
 from tide_compile.stats import PADDING, ExitStats, active_recorders
 from tide_compile.times import EXECUTOR, timed_maybe, timing
@@ -134,7 +136,7 @@ class Executor:
         )
         self._hidden, self._active, self._valid, self._out = (slots[n] for n in (HIDDEN, ACTIVE, VALID, OUT))
         self._leave, self._counts, self._rows = slots[LEAVE], slots[COUNTS], slots[ROWS]
-        self._compaction = compaction
+        self._compaction, self._read = compaction, DecisionReader(size=3)
         self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
         self._threshold, self._settings_for = threshold, settings_for
         self._empty = len(slots) - len(program.arguments) - len(program.constants) - 1
@@ -160,7 +162,7 @@ class Executor:
             self._variant(segment, env, bool(exits), recorders)(env)
             if segment.checkpoint is None:
                 continue
-            leaving, remaining = env[self._counts].tolist()
+            leaving, remaining, most = self._read(env[self._counts])
             before = leaving + remaining if before is None else before
             if leaving:
                 if segment.project is not None:
@@ -169,7 +171,7 @@ class Executor:
                     segment.project(env)
                 exits[segment.checkpoint] = leaving
                 if remaining and self._compaction.possible and self._compaction.due(before, remaining):
-                    env[self._rows] = self._compaction.rows(env[self._active], remaining)
+                    env[self._rows] = self._compaction.rows(env[self._active], remaining, most)
                     before = remaining
                 if trace is not None:
                     trace.leave(segment.checkpoint, env[self._leave])
@@ -179,7 +181,7 @@ class Executor:
                     break
         if env[self._out] is not None:
             left = valid & ~env[self._active]
-            env[self._hidden] = torch.where(left.unsqueeze(-1), env[self._out], env[self._hidden])
+            env[self._hidden] = scatter(env[self._out], left, env[self._hidden])
         self._epilogue(env)
         if _rehearsing.get():
             self._rehearse(env)

@@ -25,7 +25,7 @@ class FinishedRows:
 
     def __init__(self, model: PreTrainedModel, call: Callable[..., object]) -> None:
         self._model, self._call = model, call
-        self._finished: Tensor | None = None  # [B] bool, when some have and some have not
+        self._finished: Tensor | None = None  # [B] bool; all False when all have: then nobody is held up
         model._get_stopping_criteria = self._criteria
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -36,10 +36,10 @@ class FinishedRows:
         return self._call(*args, **kwargs)
 
     def note(self, finished: Tensor) -> None:
-        """``finished``: [B] bool."""
-        if self._finished is not None:
-            finished = finished | self._finished
-        self._finished = finished if 0 < int(finished.sum()) < len(finished) else None
+        """``finished``: [B] bool. Nothing of it is read here: that would wait for the device at every token."""
+        if len(finished) > 1:
+            finished = finished if self._finished is None else finished | self._finished
+            self._finished = finished & ~finished.all()
 
     def _criteria(self, generation_config: GenerationConfig, *args: object, **kwargs: object) -> StoppingCriteriaList:
         self._finished = None

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
+from torch._guards import tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name
 from tide_compile.files import cache_folder, write_text
 from tide_compile.passes.lower_linears import CHUNKS, Form, Linear, stream
@@ -59,8 +59,7 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
     with tracing(None):  # else the sizes become symbols of the model that is being compiled
         graph = make_fx(lambda x, weight: (stream(x, weight),), tracing_mode="symbolic")(*example)
     inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
-    with tracing(TracingContext(inputs[0].fake_mode)):
-        return compile_fx(graph, inputs)
+    return compile_graph(graph, inputs)
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], linear: Linear) -> float:
