@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -113,3 +114,72 @@ def _count(value: torch.Tensor) -> int:
 
 def _bytes(value: torch.Tensor) -> int:
     return _count(value) * value.element_size()
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCost:
+    """What one run of a piece costs for the ``rows`` that it was traced with.
+
+    Attributes:
+        operations: of matrix products and attention. weights: bytes of weights read.
+        keys: bytes of keys and values that attention reads. kernels: matrix products, attention and writes to a cache.
+    """
+
+    operations: float = 0.0
+    weights: float = 0.0
+    keys: float = 0.0
+    kernels: int = 0
+
+    def __add__(self, other: PieceCost) -> PieceCost:
+        return PieceCost(
+            self.operations + other.operations,
+            self.weights + other.weights,
+            self.keys + other.keys,
+            self.kernels + other.kernels,
+        )
+
+    def scaled(self, operations: float, keys: float) -> PieceCost:
+        """For so many times the rows, and so many times the keys; weights are read once."""
+        return PieceCost(self.operations * operations, self.weights, self.keys * keys, self.kernels)
+
+    def seconds(self, device: Device) -> float:
+        """The roofline of a device, and the overhead of the kernels."""
+        moved = (self.weights + self.keys) / device.bandwidth
+        return max(self.operations / device.flops, moved) + self.kernels * device.overhead
+
+
+def cost_of(gm: GraphModule) -> PieceCost:
+    """Add up a piece of Dynamo's graph: products with its 2-D inputs, attention, writes to caches."""
+    total = PieceCost()
+    for node in gm.graph.nodes:
+        if node.target is torch._C._nn.linear:
+            x, weight = (value_of(n) for n in node.args[:2])
+            rows = _count(x) / hint(x.shape[-1])
+            total += PieceCost(2.0 * rows * _count(weight), _bytes(weight), 0.0, 1)
+        elif node.target is torch._C._nn.scaled_dot_product_attention:
+            query, key = (value_of(n) for n in node.args[:2])
+            keys = sum(_bytes(value_of(_source(n))) for n in node.args[1:3])
+            total += PieceCost(4.0 * _count(query) * hint(key.shape[-2]), 0.0, keys, 1)
+        elif node.op == "call_method" and node.target == "index_copy_":
+            total += PieceCost(kernels=1)
+    return total
+
+
+def router_cost_of(gm: GraphModule) -> PieceCost:
+    """Add up the routers and exit projections of a piece."""
+    total = PieceCost()
+    for target, position in ((torch.ops.tide.route.default, 4), (torch.ops.tide.project.default, 3)):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            hidden, weight = value_of(node.args[0]), value_of(node.args[position])
+            rows = _count(hidden) / hint(hidden.shape[-1])
+            total += PieceCost(2.0 * rows * _count(weight), _bytes(weight), 0.0, 1)
+    return total
+
+
+def _source(node: Node) -> Node:
+    """Keys before they are repeated for groups of queries."""
+    while node.op == "call_method" and node.target in ("expand", "reshape", "view", "contiguous"):
+        node = node.args[0]
+    while node.target is operator.getitem and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 
 from tests.models import HIDDEN, LAYERS, logits_of, prompt, tiny
 from tests.test_passes import decode_graph, passes, settings
-from tide_compile import RouterBank, TIDEConfig, executor, lowering
+from tide_compile import RouterBank, TIDEConfig, compiled, executor, lowering
 from tide_compile.compaction import Compaction
 from tide_compile.decision import DecisionReader
 from tide_compile.device import Device
@@ -124,10 +124,11 @@ def test_finished_sequences_are_not_read():
 def test_mode_reaches_inductor(monkeypatch, bank, model):
     """``mode="reduce-overhead"`` asks Inductor for CUDA graphs in every piece."""
     asked = []
-    monkeypatch.setattr(lowering, "_compile", lambda piece, patches: (asked.append(patches), piece.graph)[1])
+    for module in (lowering, compiled):
+        monkeypatch.setattr(module, "compile_piece", lambda piece, patches: (asked.append(patches), piece.graph)[1])
     options = {"router": bank, "exit_threshold": 0.5, "min_layers": 2, "checkpoint_interval": 1}
-    compiled = torch.compile(model, backend="tide", options={**options, "mode": "reduce-overhead"})
-    logits_of(model, compiled, "static", 1, steps=1)
+    call = torch.compile(model, backend="tide", options={**options, "mode": "reduce-overhead"})
+    logits_of(model, call, "static", 1, steps=1)
     assert len(asked) >= 4 and all(patches["triton.cudagraphs"] for patches in asked)
 
 
@@ -140,7 +141,7 @@ def test_inductor_knows_what_stays_where_it_is(monkeypatch):
         seen.append((set(static_input_idxs), [tuple(getattr(x, "shape", ())) for x in example_inputs]))
         raise RuntimeError("seen enough")
 
-    monkeypatch.setattr(lowering, "compile_fx", functools.partial(lowering.compile_fx, inner_compile=inner))
+    monkeypatch.setattr(compiled, "compile_fx", functools.partial(compiled.compile_fx, inner_compile=inner))
     program, _ = passes(decode_graph(1), settings((1,), min_layers=2))
     shapes = {"weight": (96, HIDDEN), "cache": (1, 2, 16, 16), "state": (1, 1, HIDDEN)}
     found = dict.fromkeys(shapes, 0)

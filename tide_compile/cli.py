@@ -46,6 +46,47 @@ def kernels(
             raise typer.Exit(1)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub name, folder or GGUF file; only its config is read.")],
+    device: Annotated[str, typer.Option(help="cpu (this one, measured) or a GPU: V100, T4, A100, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; default 1, 8 and 64.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; default 1024.")] = None,
+    depth: Annotated[list[int] | None, typer.Option(help="Layers before an exit; default a third, two thirds.")] = None,
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of tokens that leave there.")] = 0.4,
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what exits would bring on a device that need not be there.
+
+    Predicted from the operations and bytes of the model's graph and the device's published rates. --batch, --context
+    and --depth can be given more than once.
+    """
+    with one_line_errors(debug):
+        from tide_compile.plan_table import show_plan
+
+        show_plan(model, device, dtype, batch or [1, 8, 64], context or [1024], depth, share, json)
+
+
+@app.command()
+def warmup(
+    model: Annotated[str, typer.Argument(help="Hub name, folder or GGUF file.")],
+    router: Annotated[str | None, typer.Option(help="Router file; default: from the router cache.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Exit threshold; 1 needs no routers.")] = 0.85,
+    debug: Debug = False,
+) -> None:
+    """Compile for a model now, so that the next process finds the code in the caches."""
+    with one_line_errors(debug):
+        from tide_compile import TIDE, TIDEConfig
+        from tide_compile.loading import load_model
+
+        engine = TIDE(load_model(model, dtype), router, TIDEConfig(exit_threshold=threshold))
+        Console().print(f"compiled for batches of {batch} in {engine.warmup(batch):.1f} s")
+
+
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
     """Errors of the body as one line on stderr and exit code 1; with ``debug`` as they are."""

@@ -16,8 +16,9 @@ from torch._guards import tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tide_compile.compiled import compile_graph
-from tide_compile.device import cpu_name
+from tide_compile.device import cpu_name, measured
 from tide_compile.files import cache_folder, write_text
+from tide_compile.passes.cost import Device
 from tide_compile.passes.lower_linears import CHUNKS, Form, Linear, stream
 
 log = logging.getLogger("tide_compile")
@@ -43,6 +44,16 @@ def fastest_forms(linears: Iterable[Linear]) -> dict[Linear, Form]:
     if missing:
         write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
     return {linear: known[str(linear)] for linear in few}
+
+
+@functools.cache
+def measured_decoding(dtype: torch.dtype) -> Device:
+    """This CPU as decoding finds it: bytes per second of streamed weights, and seconds that a product costs whatever
+    its size."""
+    streamed = _streamed(1, dtype, dtype)
+    large, tiny = Linear(1, 1 << 15, 1 << 10, dtype, dtype), Linear(1, 64, 64, dtype, dtype)
+    bandwidth = large.outs * large.ins * dtype.itemsize / _seconds(streamed, large)
+    return Device(measured(torch.device("cpu"), dtype).flops, bandwidth, _seconds(streamed, tiny))
 
 
 def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]]:

@@ -1,0 +1,49 @@
+"""Loading: a hub name, a folder or a GGUF file becomes a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tide_compile.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_model(name: str, dtype: str = "bf16") -> nn.Module:
+    """The model with its weights. ``name``: a hub name, a folder or a GGUF file (dequantised).
+
+    Raises:
+        ConfigError: the dtype is not known, or there is no such model.
+    """
+    where, extra = _where(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(where, dtype=find_dtype(dtype), **extra).eval()
+    except OSError as error:
+        raise ConfigError(f"no model could be loaded from {name!r}: {error}") from error
+
+
+def load_skeleton(name: str, dtype: str = "bf16") -> nn.Module:
+    """The model without weights, on the ``meta`` device; only its config is read."""
+    where, extra = _where(name)
+    try:
+        config = AutoConfig.from_pretrained(where, **extra)
+    except OSError as error:
+        raise ConfigError(f"no config could be loaded from {name!r}: {error}") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=find_dtype(dtype)).eval()
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Raises ConfigError for a name that is none of ``DTYPES``."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known: give one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _where(name: str) -> tuple[str | Path, dict[str, str]]:
+    path = Path(name)
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})

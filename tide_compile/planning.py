@@ -1,0 +1,149 @@
+"""Planning: what exits would bring on a device, from the graph of a model without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from tide_compile.config import TIDEConfig
+from tide_compile.errors import ConfigError
+from tide_compile.kernels.cards import CARDS
+from tide_compile.passes.cost import Device, PieceCost, cost_of, router_cost_of
+from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.run import run
+from tide_compile.routers import RouterBank
+from tide_compile.tuning import measured_decoding
+
+_CONTEXT = 64  # tokens of the cache in the traced graph; costs grow in proportion
+_KERNEL = 4e-6  # seconds that a kernel of a CUDA GPU costs in a stream, whatever its size
+
+# Dense fp16 operations per second of the tensor cores, from the data sheets named in kernels/cards.py (halved where a
+# sheet counts sparsity): the model is bound by memory at batch 1 and this by the product of batch and operations.
+_FLOPS = {
+    "V100": 125e12, "T4": 65e12, "A100": 312e12, "A10G": 125e12, "L4": 121e12, "H100": 989e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+def find_device(name: str, dtype: torch.dtype) -> Device:
+    """A GPU of the table by name, at half its operations for fp32, or ``"cpu"``: this machine's, measured.
+
+    Raises:
+        ConfigError: lists the known names.
+    """
+    if name.lower() == "cpu":
+        return measured_decoding(dtype)
+    for card in CARDS:
+        if card.name.lower() == name.lower():
+            flops = _FLOPS[card.name] / (1 if dtype.itemsize == 2 else 8)
+            return Device(flops, card.bandwidth, _KERNEL)
+    raise ConfigError(f"device {name!r} is not known: give cpu or one of {', '.join(c.name for c in CARDS)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of decoding one token for each of ``batch`` sequences behind ``context`` tokens, when ``share`` of the tokens
+    leave after ``depth`` layers. Milliseconds; ``break_even`` is the share of tokens that has to leave there for the
+    router to pay, None if it never does."""
+
+    batch: int
+    context: int
+    depth: int
+    share: float
+    off: float
+    on: float
+    break_even: float | None
+
+    @property
+    def speedup(self) -> float:
+        return self.off / self.on
+
+
+class CostModel:
+    """Predicts the time of a decoding step.
+
+    Args:
+        model: a transformers causal language model; one on the ``meta`` device will do.
+        depths: of the checkpoints, in layers. bottleneck: width of the routers.
+    """
+
+    def __init__(self, model: nn.Module, depths: Sequence[int], bottleneck: int = 128) -> None:
+        text = model.config.get_text_config(decoder=True)
+        self.num_layers, self.depths = text.num_hidden_layers, tuple(depths)
+        wrong = [d for d in depths if not 0 < d < self.num_layers]
+        if wrong:
+            raise ConfigError(f"exits after {wrong} layers are not possible: the model has {self.num_layers}.")
+        self._costs = {}
+        for depth in self.depths:
+            bank = RouterBank.untrained(text.hidden_size, self.num_layers, bottleneck_dim=bottleneck)
+            self._costs[depth] = _costs(*_trace(model, depth, bank), depth)
+
+    def forecast(self, device: Device, batch: int, context: int, depth: int, share: float) -> Forecast:
+        """See ``Forecast``. Tokens leave independently of each other. A step in which all of them leave runs no more
+        layers; any other reads all weights, and tokens that have left save operations, keys and values of the rest."""
+        off = self._seconds(device, batch, context, depth, 0.0, routed=False)
+        on = self._seconds(device, batch, context, depth, share, routed=True)
+        break_even = self._break_even(device, batch, context, depth)
+        return Forecast(batch, context, depth, share, off * 1e3, on * 1e3, break_even)
+
+    def _seconds(self, device: Device, batch: int, context: int, depth: int, share: float, routed: bool) -> float:
+        first, router, rest, fill, ends = self._costs[depth]
+        keys = batch * context / _CONTEXT
+        all_leave = share**batch
+        kept = (1 - share) / (1 - all_leave) if all_leave < 1 else 0.0  # of the tokens of a step that goes on
+        always = first.scaled(batch, keys) + ends.scaled(batch, keys)
+        if routed:
+            always += router.scaled(batch, keys)
+        going_on = rest.scaled(batch * kept, keys * kept) + PieceCost(fill.operations * batch * (1 - kept))
+        leaving = fill.scaled(batch, keys)
+        return always.seconds(device) + (1 - all_leave) * going_on.seconds(device) + all_leave * leaving.seconds(device)
+
+    def _break_even(self, device: Device, batch: int, context: int, depth: int) -> float | None:
+        off = self._seconds(device, batch, context, depth, 0.0, routed=False)
+        if self._seconds(device, batch, context, depth, 1.0, routed=True) >= off:
+            return None
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            pays = self._seconds(device, batch, context, depth, middle, routed=True) < off
+            low, high = (low, middle) if pays else (middle, high)
+        return high
+
+
+def _costs(program: Program, plan: Plan, depth: int) -> tuple[PieceCost, ...]:
+    """First layers, router, remaining layers, fill, and what comes before and after the layers."""
+    costs = {name: cost_of(piece.graph) for name, piece in program.pieces.items()}
+    first, rest = PieceCost(), PieceCost()
+    for segment in range(plan.num_segments):
+        if plan.segment_layers(segment)[0] < depth:
+            first += costs[f"segment_{segment}"]
+        else:
+            rest += costs[f"segment_{segment}"]
+    router = sum((router_cost_of(piece.graph) for piece in program.pieces.values()), PieceCost())
+    return first, router, rest, costs.get(f"fill_{depth - 1}", PieceCost()), costs["prologue"] + costs["epilogue"]
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, depth: int, bank: RouterBank) -> tuple[Program, Plan]:
+    """The pieces of a decoding step of one sequence behind ``_CONTEXT`` tokens."""
+    config = TIDEConfig(min_layers=depth, checkpoint_interval=depth, compaction="never")
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+        found.append(run(gm, lambda: bank.settings(config, first.device, first.dtype)))
+        return gm
+
+    text = model.config.get_text_config(decoder=True)
+    cache = StaticCache(config=text, max_cache_len=_CONTEXT)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=first.device)
+    shape = model._get_static_cache_init_shape()
+    if shape is not None:
+        cache.early_initialization(1, *shape, dtype=first.dtype, device=first.device)
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True)(input_ids=ids, past_key_values=cache)
+    torch._dynamo.reset()
+    return found[0]
