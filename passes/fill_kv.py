@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Iterator
 
-from tide_compile.passes.fx_tools import add_placeholder, output_nodes, remove_dead, value_of
+from tide_compile.passes.fx_tools import output_nodes, remove_dead
 from tide_compile.passes.kv_sources import find_kv_sources, zero_all
 from tide_compile.passes.plan import HIDDEN, Piece, Plan, Program
 from torch.fx import Graph, GraphModule, Node
@@ -42,13 +42,13 @@ def _chain(pieces: list[Piece]) -> Piece:
     graph, attributes, inputs = Graph(), {}, {}
     values: dict[str, Node] = {}
     output = graph.output(())
-    for piece in pieces:
-        for name, placeholder in _placeholders(piece):
-            if name not in values:
-                values[name] = inputs[name] = add_placeholder(graph, placeholder.name, value_of(placeholder))
-        values |= dict.fromkeys(piece.outputs)
     results: dict[str, Node] = {}
     with graph.inserting_before(output):
+        for piece in pieces:
+            for name, placeholder in _placeholders(piece):
+                if name not in values:
+                    values[name] = inputs[name] = graph.node_copy(placeholder)
+            values |= dict.fromkeys(piece.outputs)
         for piece in pieces:
             given = {placeholder: values[name] for name, placeholder in _placeholders(piece)}
             returned = graph.graph_copy(piece.graph.graph, given)
