@@ -93,7 +93,7 @@ def _fits(config: triton.Config, sizes: Mapping[str, object]) -> bool:
     [
         triton.Config({"BLOCK_H": 32}, num_warps=4, num_stages=2),
         triton.Config({"BLOCK_H": 32}, num_warps=8, num_stages=2),
-        triton.Config({"BLOCK_H": 16}, num_warps=4, num_stages=2),
+        triton.Config({"BLOCK_H": 16}, num_warps=8, num_stages=2),
         triton.Config({"BLOCK_H": 256}, num_warps=4, num_stages=1),
         triton.Config({"BLOCK_H": 512}, num_warps=8, num_stages=1),
     ],
