@@ -10,9 +10,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from tide_compile.kernels import route
 from tide_compile.passes.fx_tools import replace_traced, value_of
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -23,6 +25,7 @@ Form = Literal["aten", "stream"]
 CHUNKS = 4  # of a weight that are read side by side: accumulators that do not wait for each other
 
 aten, prims = torch.ops.aten, torch.ops.prims
+_OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Inductor's cache does not look into an op
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class LowerLinears(CustomGraphPass):
         self.streamed = {linear for linear, form in forms.items() if form == "stream"}
 
     def uuid(self) -> object:
-        return get_hash_for_files((__file__,)), sorted(map(str, self.streamed))
+        return get_hash_for_files((__file__, *_OPS)), sorted(map(str, self.streamed))
 
     def __call__(self, graph: Graph) -> None:
         by_input: dict[Node, list[tuple[Node, Node, Node, list[Node]]]] = defaultdict(list)

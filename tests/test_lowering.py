@@ -134,8 +134,8 @@ def test_forms_are_measured_once(monkeypatch, tmp_path):
 def test_warmup_compiles_everything(model, caplog):
     """Catches a piece that is compiled while a user waits: after warmup neither Dynamo nor a piece has to be."""
     ids, mask = prompt(2, padding=0)
-    bank = RouterBank.synthetic(model, ids, {0: 0.3, 1: 0.3})
-    engine = TIDE(model, bank, TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always"))
+    bank = RouterBank.synthetic(model, ids, {1: 0.5})
+    engine = TIDE(model, bank, TIDEConfig(min_layers=2, checkpoint_interval=2, compaction="always"))
     assert engine.warmup(batch_size=2) > 0
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with caplog.at_level(logging.INFO, "tide_compile"), record_times() as times:

@@ -76,10 +76,10 @@ class CostModel:
         wrong = [d for d in depths if not 0 < d < self.num_layers]
         if wrong:
             raise ConfigError(f"exits after {wrong} layers are not possible: the model has {self.num_layers}.")
-        self._costs = {}
+        self.costs = {}
         for depth in self.depths:
             bank = RouterBank.untrained(text.hidden_size, self.num_layers, bottleneck_dim=bottleneck)
-            self._costs[depth] = _costs(*_trace(model, depth, bank), depth)
+            self.costs[depth] = _costs(*_trace(model, depth, bank), depth)
 
     def forecast(self, device: Device, batch: int, context: int, depth: int, share: float) -> Forecast:
         """See ``Forecast``. Tokens leave independently of each other. A step in which all of them leave runs no more
@@ -90,7 +90,7 @@ class CostModel:
         return Forecast(batch, context, depth, share, off * 1e3, on * 1e3, break_even)
 
     def _seconds(self, device: Device, batch: int, context: int, depth: int, share: float, routed: bool) -> float:
-        first, router, rest, fill, ends = self._costs[depth]
+        first, router, rest, fill, ends = self.costs[depth]
         keys = batch * context / _CONTEXT
         all_leave = share**batch
         kept = (1 - share) / (1 - all_leave) if all_leave < 1 else 0.0  # of the tokens of a step that goes on

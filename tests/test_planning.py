@@ -1,0 +1,72 @@
+"""The cost model counts what a step does, and forecasts follow from it."""
+
+import json
+
+import pytest
+import torch
+from tide_compile.passes.cost import Device
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, StaticCache
+from typer.testing import CliRunner
+
+from tests.models import CONFIGS, HIDDEN, LAYERS, tiny
+from tide_compile.cli import app
+from tide_compile.errors import ConfigError
+from tide_compile.planning import CostModel, find_device
+
+SLOW = Device(flops=1e9, bandwidth=1e9, overhead=0.0)
+
+
+@torch.no_grad()
+def test_operations_and_weights():
+    """Catches a product that is counted twice or not at all, and attention of another length."""
+    model = tiny("rmsnorm-rope-gqa")
+    first, router, rest, fill, ends = CostModel(model, (2,), bottleneck=16).costs[2]
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    model(torch.zeros(1, 2, dtype=torch.long), past_key_values=cache)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    total = first + rest + ends
+    assert total.operations == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    products = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in n]
+    assert total.weights == 4 * sum(p.numel() for p in products)
+    assert total.keys == LAYERS * 2 * 2 * 16 * 64 * 4  # K and V, 2 heads of 16, before they are repeated
+    assert fill.weights == 2 * 2 * 32 * HIDDEN * 4 and router.weights == 16 * HIDDEN * 4
+    assert first.weights == rest.weights
+
+
+def test_no_weights_are_needed():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["rmsnorm-rope-gqa"](), dtype=torch.float32)
+    assert CostModel(model, (1,)).costs == CostModel(tiny("rmsnorm-rope-gqa"), (1,)).costs
+
+
+def test_forecasts():
+    """One token that leaves needs no more layers; in a large batch somebody always goes on and reads all weights."""
+    costs = CostModel(tiny("rmsnorm-rope-gqa"), (1, 3), bottleneck=16)
+    one, many = (costs.forecast(SLOW, batch, 64, 1, 0.5) for batch in (1, 64))
+    assert one.speedup > many.speedup > 1
+    assert costs.forecast(SLOW, 1, 64, 1, 1.0).on < one.on < one.off < costs.forecast(SLOW, 1, 640, 1, 0.5).off
+    even = one.break_even
+    assert costs.forecast(SLOW, 1, 64, 1, even + 0.01).speedup > 1 > costs.forecast(SLOW, 1, 64, 1, even - 0.01).speedup
+    huge = CostModel(tiny("rmsnorm-rope-gqa"), (3,), bottleneck=2048)
+    assert huge.forecast(SLOW, 1, 64, 3, 1.0).break_even is None
+
+
+def test_devices_and_depths():
+    assert find_device("h100", torch.bfloat16).bandwidth == 3350e9
+    with pytest.raises(ConfigError, match="H100"):
+        find_device("h900", torch.bfloat16)
+    with pytest.raises(ConfigError, match="4"):
+        CostModel(tiny("rmsnorm-rope-gqa"), (LAYERS,))
+
+
+def test_plan_command(tmp_path):
+    """From a config alone, and one line for a mistake."""
+    CONFIGS["rmsnorm-rope-gqa"]().save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--device", "A100", "--batch", "2", "--depth", "1", "--json"]
+    done = CliRunner().invoke(app, arguments)
+    (forecast,) = json.loads(done.stdout)["forecasts"]
+    assert done.exit_code == 0 and forecast["batch"] == 2 and forecast["speedup"] > 0
+    done = CliRunner().invoke(app, ["plan", str(tmp_path), "--device", "A1000"])
+    assert done.exit_code == 1
