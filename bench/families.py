@@ -149,7 +149,12 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {re.split(r'(?<=[a-z])[.:] (?=[A-Z])', text)[0][:200]}"
 
 
-def examine_all(families: list[str], processes: int, path: Path | None) -> list[Row]:
+def _compact(compaction: str) -> None:
+    """Set for this process what happens to rows that have left, whenever one has."""
+    SETTINGS.update(compaction=compaction, compaction_threshold=0.0)
+
+
+def examine_all(families: list[str], processes: int, path: Path | None, compaction: str = "auto") -> list[Row]:
     """``examine`` in some processes at a time, each used for ten families.
 
     Rows are printed and appended to the file ``path`` (JSON lines) as they come; a family that is there already is not
@@ -159,7 +164,7 @@ def examine_all(families: list[str], processes: int, path: Path | None) -> list[
     if path is not None and path.is_file():
         known = {row.family: row for row in (Row(**json.loads(line)) for line in path.read_text().splitlines())}
     left = [family for family in families if family not in known]
-    with get_context("spawn").Pool(processes, maxtasksperchild=10) as pool:
+    with get_context("spawn").Pool(processes, _compact, (compaction,), maxtasksperchild=10) as pool:
         for row in tqdm(pool.imap_unordered(examine, left), total=len(left), unit="family", disable=None):
             known[row.family] = row
             tqdm.write("  ".join(filter(None, row.cells())))
@@ -199,8 +204,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rows", type=Path, help="keep results in this file (JSON lines) and do not run those in it")
     parser.add_argument("--markdown", type=Path, help="write the matrix to this file")
+    parser.add_argument("--compaction", default="auto", choices=["auto", "always", "never"], help="see TIDEConfig")
     arguments = parser.parse_args()
-    rows = examine_all(arguments.families or names(), arguments.processes, arguments.rows)
+    rows = examine_all(arguments.families or names(), arguments.processes, arguments.rows, arguments.compaction)
     print(f"\n{machine()}\n{summary(rows)}")
     if arguments.markdown:
         write_markdown(rows, arguments.markdown, "python -m bench.families --markdown docs/families.md")
