@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="smollm2, a hub name or a folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=60, help="tokens timed per contender")
+    parser.add_argument("--rounds", type=int, default=60, help="tokens timed per contender, 0: compile times only")
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("--no-cold", action="store_true", help="do not measure compile times (minutes)")
     parser.add_argument("--cold", choices=list(COLD), help=argparse.SUPPRESS)
@@ -135,25 +135,26 @@ def main() -> None:
         return
 
     cold = {} if args.no_cold else {name: start_seconds(name, args) for name in COLD}
-    steps, first = contenders(model, ids, steps=CACHE - CONTEXT - 8)
-    timings = interleave(steps, args.rounds)
-    n = model.config.num_hidden_layers
-    compared = {"tide off": "inductor", **{f"tide exit {d}": f"truncated {d}" for d in (n // 3, 2 * n // 3)}}
-    rows = []
-    for name, timing in timings.items():
-        other = compared.get(name)
-        ratio = f"{timing.median / timings[other].median:.2f} x {other}" if other else ""
-        rows.append([name, *timing.cells(), ratio, f"{timing.median / timings['inductor'].median:.2f}"])
-    context = f"context {CONTEXT} to {CONTEXT + args.rounds}"
-    title = f"decode, {args.model}, {args.dtype}, batch 1, {context}, tide_compile {tide_compile.__version__}"
-    show(
-        title,
-        ["", "ms per token", "quartiles", "ratio", "to inductor"],
-        rows,
-        args.json,
-        first_call_seconds=first,
-        cold_seconds=cold,
-    )
+    if args.rounds:
+        steps, first = contenders(model, ids, steps=CACHE - CONTEXT - 8)
+        timings = interleave(steps, args.rounds)
+        n = model.config.num_hidden_layers
+        compared = {"tide off": "inductor", **{f"tide exit {d}": f"truncated {d}" for d in (n // 3, 2 * n // 3)}}
+        rows = []
+        for name, timing in timings.items():
+            other = compared.get(name)
+            ratio = f"{timing.median / timings[other].median:.2f} x {other}" if other else ""
+            rows.append([name, *timing.cells(), ratio, f"{timing.median / timings['inductor'].median:.2f}"])
+        context = f"context {CONTEXT} to {CONTEXT + args.rounds}"
+        title = f"decode, {args.model}, {args.dtype}, batch 1, {context}, tide_compile {tide_compile.__version__}"
+        show(
+            title,
+            ["", "ms per token", "quartiles", "ratio", "to inductor"],
+            rows,
+            args.json,
+            first_call_seconds=first,
+            cold_seconds=cold,
+        )
     if cold:
         base = cold["inductor"][0]
         rows = [[n, *(f"{x:.1f}" for x in seconds), f"{seconds[0] / base:.2f}"] for n, seconds in cold.items()]
