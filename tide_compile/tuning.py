@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +23,7 @@ from tide_compile.passes.lower_linears import CHUNKS, Form, Linear, stream
 log = logging.getLogger("tide_compile")
 
 _MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
-_WORKING_SET = 1 << 26  # bytes of weights that are read in turn, so that they come from memory, as in a model
+_WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _ROUNDS = 5
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
@@ -38,7 +37,7 @@ def fastest_forms(linears: Iterable[Linear]) -> dict[Linear, Form]:
     few = [linear for linear in sorted(linears, key=str) if linear.rows <= _MOST_STREAMED]
     missing = [linear for linear in few if str(linear) not in known]
     for linear in missing:
-        seconds = {form: _seconds(product, linear) for form, product in _candidates(linear).items()}
+        seconds = _seconds(_candidates(linear), linear)
         known[str(linear)] = "stream" if seconds["stream"] < seconds["aten"] + _CALL else "aten"
         log.info("%s: %s", linear, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if missing:
@@ -52,8 +51,9 @@ def measured_decoding(dtype: torch.dtype) -> Device:
     its size."""
     streamed = _streamed(1, dtype, dtype)
     large, tiny = Linear(1, 1 << 15, 1 << 10, dtype, dtype), Linear(1, 64, 64, dtype, dtype)
-    bandwidth = large.outs * large.ins * dtype.itemsize / _seconds(streamed, large)
-    return Device(measured(torch.device("cpu"), dtype).flops, bandwidth, _seconds(streamed, tiny))
+    seconds = [_seconds({"stream": streamed}, linear)["stream"] for linear in (large, tiny)]
+    bandwidth = large.outs * large.ins * dtype.itemsize / seconds[0]
+    return Device(measured(torch.device("cpu"), dtype).flops, bandwidth, seconds[1])
 
 
 def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]]:
@@ -65,21 +65,25 @@ def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]
 
 @functools.cache
 def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor, Tensor], object]:
-    """``stream`` compiled for weights of any size."""
-    example = torch.ones(rows, 8 * CHUNKS, dtype=dtype), torch.ones(16 * CHUNKS, 8 * CHUNKS).to(stored)
+    """``stream`` compiled for weights of any size; with more parts, because a step of such a loop has more to do."""
+    chunks = 2 * CHUNKS
+    example = torch.ones(rows, 8 * chunks, dtype=dtype), torch.ones(16 * chunks, 8 * chunks).to(stored)
     with tracing(None):  # else the sizes become symbols of the model that is being compiled
-        graph = make_fx(lambda x, weight: (stream(x, weight),), tracing_mode="symbolic")(*example)
+        graph = make_fx(lambda x, weight: (stream(x, weight, chunks=chunks),), tracing_mode="symbolic")(*example)
     inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
     return compile_graph(graph, inputs)
 
 
-def _seconds(product: Callable[[Tensor, Tensor], Tensor], linear: Linear) -> float:
+def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linear: Linear) -> dict[Form, float]:
+    """Of each product, the least of some rounds in which they take turns: whatever else the machine does adds."""
     size = linear.outs * linear.ins * linear.stored.itemsize
-    count = max(2, min(64, _WORKING_SET // size))
+    count = max(2, min(256, _WORKING_SET // size))
     x = torch.ones(linear.rows, linear.ins, dtype=linear.dtype)
     weights = torch.ones(count, linear.outs, linear.ins, dtype=linear.stored).unbind()
-    product(x, weights[0])
-    return statistics.median(_once(product, x, weights) for _ in range(_ROUNDS)) / count
+    for product in products.values():
+        product(x, weights[0])
+    rounds = [{form: _once(p, x, weights) / count for form, p in products.items()} for _ in range(_ROUNDS)]
+    return {form: min(r[form] for r in rounds) for form in products}
 
 
 def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
