@@ -14,7 +14,7 @@ from tide_compile.cli import app
 from tide_compile.errors import ConfigError
 from tide_compile.planning import CostModel, find_device
 
-SLOW = Device(flops=1e9, bandwidth=1e9, overhead=0.0)
+SLOW = Device(flops=1e12, bandwidth=1e9, overhead=0.0)  # bound by memory, as decoding is
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def test_operations_and_weights():
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
     total = first + rest + ends
-    assert total.operations == pytest.approx(counter.get_total_flops(), rel=1e-6)
+    attention = LAYERS * 4 * HIDDEN * 64  # which the counter does not know on a CPU
+    assert total.operations == counter.get_total_flops() + attention
     products = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in n]
     assert total.weights == 4 * sum(p.numel() for p in products)
     assert total.keys == LAYERS * 2 * 2 * 16 * 64 * 4  # K and V, 2 heads of 16, before they are repeated
