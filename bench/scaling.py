@@ -1,21 +1,23 @@
 """python -m bench.scaling: how the time of a decoded token grows, beside what the cost model predicts.
 
-Three tables, and with ``--plot FILE.png`` a picture of them: ms per token (tide, all tokens leaving) against the depth
-of the exit, and without exits against the length of the cache and the batch. Prompts: ``bench.prefill``. Predictions
-are made for this machine (``tide plan --device cpu``); memory is the largest resident size of the process so far.
+Four tables, and with ``--plot FILE.png`` a picture of them: ms per token (tide, all tokens leaving) against the depth of
+the exit, and without exits against the length of the cache, the batch, and the length of a prompt. Predictions are made for this machine (``tide plan --device cpu``); memory is the largest resident size of the process so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import resource
 from collections.abc import Callable, Sequence
 
 import torch
+from tide_compile.passes.cost import Device
 from torch import nn
 from transformers import StaticCache
 
 from bench.models import SMOLLM2, load_model
+from bench.prefill import operations, prompt
 from bench.report import Timing, show, timed
 from tide_compile import RouterBank
 from tide_compile.planning import CostModel, find_device
@@ -47,7 +49,7 @@ def row(x: object, timing: Timing, predicted: float) -> list[object]:
     return [x, *timing.cells(), f"{predicted:.1f}", f"{predicted / median:.2f}", f"{memory:.1f}"]
 
 
-def by_depth(model: nn.Module, costs: CostModel, device: object, length: int) -> list[list[object]]:
+def by_depth(model: nn.Module, costs: CostModel, device: Device, length: int) -> list[list[object]]:
     n, rows = costs.num_layers, []
     bank = RouterBank.untrained(model.config.hidden_size, n)
     for depth in costs.depths:
@@ -61,7 +63,7 @@ def by_depth(model: nn.Module, costs: CostModel, device: object, length: int) ->
 
 
 def without_exits(
-    model: nn.Module, costs: CostModel, device: object, cases: Sequence[tuple[int, int]]
+    model: nn.Module, costs: CostModel, device: Device, cases: Sequence[tuple[int, int]]
 ) -> list[list[object]]:
     rows = []
     for batch, length in cases:
@@ -69,6 +71,23 @@ def without_exits(
         call = torch.compile(model, backend="tide", options={"exit_threshold": 1.0})
         predicted = costs.forecast(device, batch, length, costs.depths[0], 0.0).off
         rows.append(row(f"{batch} x {length}", token_time(model, call, batch, length), predicted))
+        print(rows[-1], flush=True)
+    return rows
+
+
+@torch.no_grad()
+def prompts(model: nn.Module, device: Device, lengths: Sequence[int]) -> list[list[object]]:
+    """Predicted: the operations at the speed of a large product."""
+    torch._dynamo.reset()
+    call, rows = torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), []
+    for length in lengths:
+        ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
+        torch._dynamo.maybe_mark_dynamic(ids, 1)
+        step = prompt(model, call, ids)
+        for _ in range(2):
+            step()
+        timing = Timing([step() for _ in range(ROUNDS // 3)])
+        rows.append(row(length, timing, operations(model, ids) / device.flops * 1e3))
         print(rows[-1], flush=True)
     return rows
 
@@ -97,9 +116,12 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", help="layers before the exit; default: every sixth of N")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048])
     parser.add_argument("--plot", help="write a picture to this PNG file")
     parser.add_argument("--json", help="also write the results to <json>.<table>")
     args = parser.parse_args()
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install 'tide-compile[plot]'")
     torch._dynamo.config.recompile_limit = 64
     model, _ = load_model(args.model, getattr(torch, args.dtype))
     n = model.config.num_hidden_layers
@@ -112,6 +134,7 @@ def main() -> None:
         "exit after": by_depth(model, costs, device, 128),
         "length": without_exits(model, costs, device, [(1, length) for length in args.contexts]),
         "batch": without_exits(model, costs, device, [(batch, 128) for batch in args.batches]),
+        "prompt": prompts(model, device, args.prompts),
     }
     for title, rows in tables.items():
         headers = [title, "ms", "quartiles", "predicted", "predicted / measured", "GB resident"]
