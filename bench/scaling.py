@@ -1,7 +1,8 @@
 """python -m bench.scaling: how the time of a decoded token grows, beside what the cost model predicts.
 
-Four tables, and with ``--plot FILE.png`` a picture of them: ms per token (tide, all tokens leaving) against the depth of
-the exit, and without exits against the length of the cache, the batch, and the length of a prompt. Predictions are made for this machine (``tide plan --device cpu``); memory is the largest resident size of the process so far.
+Four tables, and with ``--plot FILE.png`` a picture of them: ms per token (tide, all tokens leaving) against the depth
+of the exit, and without exits against the length of the cache, the batch, and the length of a prompt. Predictions are
+made for this machine (``tide plan --device cpu``); memory is the largest resident size of the process so far.
 """
 
 from __future__ import annotations
