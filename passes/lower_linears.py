@@ -61,24 +61,24 @@ def _stored(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def stream(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, chunks: int = CHUNKS) -> Tensor:
-    """x [M, K] times the transpose of ``weight`` [N, K]: one sum for each row and each of ``chunks`` parts of N.
+def stream(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """x [M, K] times the transpose of a weight [N, K] that is given in parts: one sum for each row and each part.
 
     Inductor makes one loop of all sums of the same size, also of those of other products with the same ``x``, which
     reads every weight once, in order, at the speed of the memory. Sums are in fp32.
     """
-    size = weight.shape[0] // chunks
-    parts = [weight.narrow(0, i * size, size).float() for i in range(chunks)]
+    parts = [part.float() for part in parts]
     sums = torch.cat([(part * row).sum(-1) for row in x.float() for part in parts])  # written in place, not copied
-    result = sums.view(x.shape[0], weight.shape[0]).to(x.dtype)
+    result = sums.view(x.shape[0], -1).to(x.dtype)
     return result if bias is None else result + bias
 
 
-def chunk_of(outs: Sequence[int]) -> int:
-    """A number of rows that divides the weights of all products with one ``x``, so that there are about ``CHUNKS``."""
-    shared = math.gcd(*outs)
-    wanted = max(1, sum(outs) // CHUNKS)
-    return min((d for d in range(1, shared + 1) if shared % d == 0), key=lambda d: abs(math.log(d / wanted)))
+def part_size(outs: Sequence[int]) -> int:
+    """Rows of a part, so that all products with one ``x`` have about ``CHUNKS`` parts together: if possible a number
+    that divides all their weights."""
+    wanted, shared = max(1, sum(outs) // CHUNKS), math.gcd(*outs)
+    size = min((d for d in range(1, shared + 1) if shared % d == 0), key=lambda d: abs(math.log(d / wanted)))
+    return size if wanted / 2 <= size <= wanted * 2 else wanted
 
 
 class LowerLinears(CustomGraphPass):
@@ -105,10 +105,13 @@ class LowerLinears(CustomGraphPass):
                 if weight is not None and not node.kwargs and _linear_of(x, weight) in self.streamed:
                     by_input[_origin(x)].append((node, x, weight, bias))
         for products in by_input.values():
-            chunk = chunk_of([_value(weight).shape[0] for _, _, weight, _ in products])
-            for node, x, weight, bias in products:
-                chunks = _value(weight).shape[0] // chunk
-                replace_traced(graph, node, [x, weight, *bias], functools.partial(stream, chunks=chunks))
+            size = part_size([_value(weight).shape[0] for _, _, weight, _ in products])
+            for node, *inputs, bias in products:
+                replace_traced(graph, node, [*inputs, *bias], functools.partial(_streamed, size=size))
+
+
+def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: int) -> Tensor:
+    return stream(x, weight.split(size), bias)
 
 
 def _origin(x: Node) -> Node:

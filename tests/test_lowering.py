@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from tide_compile.passes.lower_attention import LowerAttention
-from tide_compile.passes.lower_linears import Linear, LowerLinears, chunk_of, find_linears
+from tide_compile.passes.lower_linears import Linear, LowerLinears, find_linears, part_size
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -62,6 +62,17 @@ def test_streamed(rows, dtype):
 
 
 @torch.no_grad()
+def test_rows_are_left_over():
+    """37 rows in parts of 9."""
+    x, w, bias = random(2, 48), random(37, 48), random(37)
+    run, spy = compiled_with(
+        lambda x: linear(x, w, bias), LowerLinears({Linear(2, 37, 48, x.dtype, x.dtype): "stream"})
+    )
+    assert_close(run(x), linear(x, w, bias))
+    assert spy.count[aten.sum.dim_IntList] == 2 * 5
+
+
+@torch.no_grad()
 def test_prompts_of_any_length_stay():
     """The number of rows is a symbol there."""
     x, w = random(9, 48), random(32, 48)
@@ -89,7 +100,8 @@ def test_quantised_weights_are_streamed():
 
 def test_parts_divide_all_products():
     """Inductor makes one loop only of sums of the same size."""
-    assert chunk_of([576, 192, 192]) == 192 and chunk_of([1536, 1536]) == 768 and chunk_of([7, 11]) == 1
+    assert part_size([576, 192, 192]) == 192 and part_size([1536, 1536]) == 768
+    assert part_size([50257]) == 50257 // 4  # a prime number: some rows are left over
 
 
 @torch.no_grad()
@@ -116,8 +128,15 @@ def test_attention_of_one_query(masked, dtype):
     assert spy.count[FLASH] == 1
 
 
-def test_forms_are_measured_once(monkeypatch, tmp_path):
-    """The second process finds the result; a broken file is measured anew."""
+@pytest.mark.parametrize("outs", [1, 7, 50257])
+def test_weights_of_any_size_are_measured(outs):
+    """Catches sizes that the parts of the measured loop do not divide."""
+    product = Linear(1, outs, 16, torch.float32, torch.float32)
+    assert tuning.fastest_forms({product})[product] in ("aten", "stream")
+
+
+def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
+    """The second process finds the result; a broken file is measured anew; one that cannot be written is no error."""
     measured = []
     fake = {"aten": 1.0, "stream": 2.0}
     monkeypatch.setattr(tuning, "_seconds", lambda products, linear: measured.append(linear) or fake)
@@ -130,6 +149,10 @@ def test_forms_are_measured_once(monkeypatch, tmp_path):
     path.write_text("{")
     tuning.fastest_forms({product})
     assert len(measured) == 2 * count
+    monkeypatch.setenv("TIDE_CACHE", "/proc/nowhere")  # cannot be written
+    with caplog.at_level(logging.WARNING, "tide_compile"):
+        assert tuning.fastest_forms({product}) == {product: "aten"}
+    assert "not kept" in caplog.text
 
 
 def test_warmup_compiles_everything(model, caplog):

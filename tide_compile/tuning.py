@@ -24,6 +24,7 @@ log = logging.getLogger("tide_compile")
 
 _MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
+_PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
 _ROUNDS = 5
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
@@ -41,7 +42,10 @@ def fastest_forms(linears: Iterable[Linear]) -> dict[Linear, Form]:
         known[str(linear)] = "stream" if seconds["stream"] < seconds["aten"] + _CALL else "aten"
         log.info("%s: %s", linear, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if missing:
-        write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
+        try:
+            write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
+        except OSError as error:
+            log.warning("what was measured is not kept for the next process: %s", error)
     return {linear: known[str(linear)] for linear in few}
 
 
@@ -65,25 +69,31 @@ def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]
 
 @functools.cache
 def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[Tensor, Tensor], object]:
-    """``stream`` compiled for weights of any size; with more parts, because a step of such a loop has more to do."""
-    chunks = 2 * CHUNKS
-    example = torch.ones(rows, 8 * chunks, dtype=dtype), torch.ones(16 * chunks, 8 * chunks).to(stored)
+    """``stream`` compiled for weights of any size, in ``_PARTS``."""
+    example = torch.ones(rows, 8 * _PARTS, dtype=dtype), torch.ones(16 * _PARTS, 8 * _PARTS).to(stored)
+
+    def product(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        size = weight.shape[0] // _PARTS
+        return (stream(x, [weight.narrow(0, i * size, size) for i in range(_PARTS)]),)
+
     with tracing(None):  # else the sizes become symbols of the model that is being compiled
-        graph = make_fx(lambda x, weight: (stream(x, weight, chunks=chunks),), tracing_mode="symbolic")(*example)
+        graph = make_fx(product, tracing_mode="symbolic")(*example)
     inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
     return compile_graph(graph, inputs)
 
 
 def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linear: Linear) -> dict[Form, float]:
-    """Of each product, the least of some rounds in which they take turns: whatever else the machine does adds."""
-    size = linear.outs * linear.ins * linear.stored.itemsize
-    count = max(2, min(256, _WORKING_SET // size))
+    """Of each product, the least of some rounds in which they take turns, because whatever else the machine does adds.
+    Of a very large weight a part will do."""
+    per_row = linear.ins * linear.stored.itemsize
+    outs = min(linear.outs, _WORKING_SET // (2 * per_row)) // _PARTS * _PARTS or _PARTS
+    count = max(2, min(256, _WORKING_SET // (outs * per_row)))
     x = torch.ones(linear.rows, linear.ins, dtype=linear.dtype)
-    weights = torch.ones(count, linear.outs, linear.ins, dtype=linear.stored).unbind()
+    weights = torch.ones(count, outs, linear.ins, dtype=linear.stored).unbind()
     for product in products.values():
         product(x, weights[0])
     rounds = [{form: _once(p, x, weights) / count for form, p in products.items()} for _ in range(_ROUNDS)]
-    return {form: min(r[form] for r in rounds) for form in products}
+    return {form: min(r[form] for r in rounds) * linear.outs / outs for form in products}
 
 
 def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
