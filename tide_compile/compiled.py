@@ -30,7 +30,8 @@ def compile_whole(gm: GraphModule, example_inputs: Sequence[object], mode: str |
 def compile_piece(piece: Piece, patches: dict[str, object]) -> Runnable:
     """The piece compiled by Inductor now, within the guards of the graph it comes from."""
     inputs = [_canonical(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
-    _hand_on_static_addresses(piece.graph)
+    if patches.get("triton.cudagraphs"):
+        _hand_on_static_addresses(piece.graph)
     return compile_graph(piece.graph, inputs, patches)
 
 
