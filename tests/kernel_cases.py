@@ -74,7 +74,7 @@ def check_route(h, layer_norm=False, bias=False, bottleneck=16, threshold=None, 
     if threshold is None:
         gaps = known.diff() if len(known) > 1 else torch.tensor([])
         middle = int(gaps.argmax()) if len(gaps) else 0
-        threshold = float(known[middle : middle + 2].mean()) if len(known) else 0.5
+        threshold = float(known[middle : middle + 2].mean()) if len(known) > 1 else 0.5 * float(known.sum())
     threshold = torch.tensor(threshold)
     want_score, want_leave = route.route_reference(*ask, threshold, 1e-5, layer_norm)
     with poisoned():
