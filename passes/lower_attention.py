@@ -46,11 +46,11 @@ class LowerAttention(CustomGraphPass):
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None) -> Tensor:
-    """softmax(q k^T + mask) v of q [B, heads, 1, D], k and v [B, heads, L, D] and an additive mask [B, heads or 1, 1,
-    L], in fp32; returned in the dtype of q."""
+    """softmax(q k^T + mask) v of q [B, heads, 1, D], k and v [B, heads, L, D] and an additive mask, [1, L] or [B, heads
+    or 1, 1, L], in fp32; returned in the dtype of q."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query.float() * scale * key.float()).sum(-1)  # [B, heads, L]
     if mask is not None:
-        scores = scores + mask.float().squeeze(2)
+        scores = scores + mask.float()[..., 0, :]
     weights = torch.softmax(scores, -1).unsqueeze(-1)
     return (weights * value.float()).sum(2, keepdim=True).to(query.dtype)

@@ -97,17 +97,19 @@ class LowerLinears(CustomGraphPass):
         return get_hash_for_files((__file__, *_OPS)), sorted(map(str, self.streamed))
 
     def __call__(self, graph: Graph) -> None:
-        by_input: dict[Node, list[tuple[Node, Node, Node, list[Node]]]] = defaultdict(list)
+        by_input: dict[Node, list[Node]] = defaultdict(list)
         for target in (aten.mm.default, aten.addmm.default):
             for node in graph.find_nodes(op="call_function", target=target):
-                *bias, x, transposed = node.args
+                *_, x, transposed = node.args
                 weight = _weight_of(transposed)
                 if weight is not None and not node.kwargs and _linear_of(x, weight) in self.streamed:
-                    by_input[_origin(x)].append((node, x, weight, bias))
+                    by_input[_origin(x)].append(node)
         for products in by_input.values():
-            size = part_size([_value(weight).shape[0] for _, _, weight, _ in products])
-            for node, *inputs, bias in products:
-                replace_traced(graph, node, [*inputs, *bias], functools.partial(_streamed, size=size))
+            size = part_size([_value(node).shape[1] for node in products])
+            for node in products:
+                *bias, x, transposed = node.args  # read now: x may be a product that has been replaced
+                inputs = [x, _weight_of(transposed), *bias]
+                replace_traced(graph, node, inputs, functools.partial(_streamed, size=size))
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: int) -> Tensor:

@@ -73,6 +73,26 @@ def test_rows_are_left_over():
 
 
 @torch.no_grad()
+def test_product_of_a_product():
+    """Catches an input that was a product itself and is gone when its turn comes."""
+    x, a, b = random(1, 48), random(16, 48), random(48, 16)
+    forms = dict.fromkeys((Linear(1, 16, 48, x.dtype, x.dtype), Linear(1, 48, 16, x.dtype, x.dtype)), "stream")
+    run, spy = compiled_with(lambda x: linear(linear(x, a), b), LowerLinears(forms))
+    assert_close(run(x), linear(linear(x, a), b))
+    assert not spy.count[aten.mm.default]
+
+
+@torch.no_grad()
+def test_attention_with_a_mask_for_all():
+    """[1, L], without dimensions for sequences and heads."""
+    query, key, value = (random(2, 4, n, 16, seed=n) for n in (1, 7, 7))
+    mask = torch.where(torch.arange(7) < 4, 0.0, float("-inf")).unsqueeze(0)
+    run, spy = compiled_with(lambda q: scaled_dot_product_attention(q, key, value, attn_mask=mask), LowerAttention())
+    assert_close(run(query), scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    assert not spy.count[FLASH]
+
+
+@torch.no_grad()
 def test_prompts_of_any_length_stay():
     """The number of rows is a symbol there."""
     x, w = random(9, 48), random(32, 48)

@@ -29,7 +29,7 @@ _FLOPS = {
 
 
 def find_device(name: str, dtype: torch.dtype) -> Device:
-    """A GPU of the table by name, at half its operations for fp32, or ``"cpu"``: this machine's, measured.
+    """A GPU of the table by name, at an eighth of its operations for fp32, or ``"cpu"``: this machine's, measured.
 
     Raises:
         ConfigError: lists the known names.
