@@ -150,8 +150,8 @@ def _said(error: Exception) -> str:
 
 
 def _compact(compaction: str) -> None:
-    """Set for this process what happens to rows that have left, whenever one has."""
-    SETTINGS.update(compaction=compaction, compaction_threshold=0.0)
+    """Set for this process what happens to rows that have left."""
+    SETTINGS.update(compaction=compaction)
 
 
 def examine_all(families: list[str], processes: int, path: Path | None, compaction: str = "auto") -> list[Row]:

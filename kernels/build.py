@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import triton
 from tide_compile.kernels import compact, project, route, scatter
-from tide_compile.kernels.cards import card_of, check_dtype
+from tide_compile.kernels.cards import DTYPES, card_of, check_dtype
 from tide_compile.kernels.tuning import fitting
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)

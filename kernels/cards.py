@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CAPABILITIES = (70, 75, 80, 86, 89, 90, 100, 120)  # compute capability times ten
 _BF16 = 80  # the first with arithmetic in bfloat16
 
@@ -17,25 +18,28 @@ class CardError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """``capability``: times ten. ``bandwidth``: of its memory, in bytes per second."""
+    """``capability``: times ten. ``bandwidth``: of its memory, in bytes per second. ``flops``: dense fp16 operations
+    per second of its tensor cores."""
 
     name: str
     capability: int
     bandwidth: float
+    flops: float
 
 
 # Peak memory bandwidth as NVIDIA's data sheets give it: V100 SXM2 ("NVIDIA V100 Tensor Core GPU", 900 GB/s), T4
 # ("NVIDIA T4", 320 GB/s; "320+" in the sheet), A100 40 GB ("NVIDIA A100 Tensor Core GPU", 1,555 GB/s), A10G ("NVIDIA
 # A10", 600 GB/s: the A10G of AWS g5 instances has no sheet of its own and the same memory), L4 ("NVIDIA L4", 300 GB/s),
-# H100 SXM ("NVIDIA H100 Tensor Core GPU", 3.35 TB/s), B200 ("NVIDIA DGX B200": 64 TB/s for eight).
+# H100 SXM ("NVIDIA H100 Tensor Core GPU", 3.35 TB/s), B200 ("NVIDIA DGX B200": 64 TB/s for eight). Operations from the
+# same sheets, halved where a sheet counts sparsity.
 CARDS = (
-    Card("V100", 70, 900e9),
-    Card("T4", 75, 320e9),
-    Card("A100", 80, 1555e9),
-    Card("A10G", 86, 600e9),
-    Card("L4", 89, 300e9),
-    Card("H100", 90, 3350e9),
-    Card("B200", 100, 8000e9),
+    Card("V100", 70, 900e9, 125e12),
+    Card("T4", 75, 320e9, 65e12),
+    Card("A100", 80, 1555e9, 312e12),
+    Card("A10G", 86, 600e9, 125e12),
+    Card("L4", 89, 300e9, 121e12),
+    Card("H100", 90, 3350e9, 989e12),
+    Card("B200", 100, 8000e9, 2250e12),
 )
 
 

@@ -18,7 +18,8 @@ MOVED = "tide_moved"  # node.meta: the fake value that a gather or scatter reads
 
 aten = torch.ops.aten
 _COPIES = {aten.reshape.default, aten.contiguous.default, aten.clone.default}
-_PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
+_LINEAR, _ATTENTION = torch._C._nn.linear, torch._C._nn.scaled_dot_product_attention  # in Dynamo's graphs
+_PRODUCTS = {_LINEAR, aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def flops_of(node: Node) -> float:
     if node.target in _PRODUCTS:
         left = node.args[1] if node.target is aten.addmm.default else node.args[0]
         return 2.0 * _count(value_of(node)) * hint(value_of(left).shape[-1])
-    if node.target is aten.scaled_dot_product_attention.default:
+    if node.target in (_ATTENTION, aten.scaled_dot_product_attention.default):
         return 4.0 * _count(value_of(node.args[0])) * hint(value_of(node.args[1]).shape[-2])
     return 0.0
 
@@ -118,7 +119,7 @@ def _bytes(value: torch.Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PieceCost:
-    """What one run of a piece costs for the ``rows`` that it was traced with.
+    """What one run of a piece costs for the rows that it was traced with.
 
     Attributes:
         operations: of matrix products and attention. weights: bytes of weights read.
@@ -152,14 +153,11 @@ def cost_of(gm: GraphModule) -> PieceCost:
     """Add up a piece of Dynamo's graph: products with its 2-D inputs, attention, writes to caches."""
     total = PieceCost()
     for node in gm.graph.nodes:
-        if node.target is torch._C._nn.linear:
-            x, weight = (value_of(n) for n in node.args[:2])
-            rows = _count(x) / hint(x.shape[-1])
-            total += PieceCost(2.0 * rows * _count(weight), _bytes(weight), 0.0, 1)
-        elif node.target is torch._C._nn.scaled_dot_product_attention:
-            query, key = (value_of(n) for n in node.args[:2])
+        if node.target is _LINEAR:
+            total += PieceCost(flops_of(node), _bytes(value_of(node.args[1])), 0.0, 1)
+        elif node.target is _ATTENTION:
             keys = sum(_bytes(value_of(_source(n))) for n in node.args[1:3])
-            total += PieceCost(4.0 * _count(query) * hint(key.shape[-2]), 0.0, keys, 1)
+            total += PieceCost(flops_of(node), 0.0, keys, 1)
         elif node.op == "call_method" and node.target == "index_copy_":
             total += PieceCost(kernels=1)
     return total

@@ -81,9 +81,9 @@ def warmup(
     """Compile for a model now, so that the next process finds the code in the caches."""
     with one_line_errors(debug):
         from tide_compile import TIDE, TIDEConfig
-        from tide_compile.loading import load_model
+        from tide_compile.loading import find_dtype, load_model
 
-        engine = TIDE(load_model(model, dtype), router, TIDEConfig(exit_threshold=threshold))
+        engine = TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
         Console().print(f"compiled for batches of {batch} in {engine.warmup(batch):.1f} s")
 
 

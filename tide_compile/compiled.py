@@ -63,6 +63,7 @@ class Lazy:
 
     def __init__(self, piece: Piece, patches: dict[str, object]) -> None:
         self._kept = _read_sizes(piece.graph)
+        self._fewer = len(self._kept) < len(piece.inputs)
         self._piece, self._patches, self._run = piece, patches, None
         values = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
         self._dynamic = {i: sizes for i, v in enumerate(values) if (sizes := _symbolic_sizes(v))}
@@ -72,7 +73,8 @@ class Lazy:
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: object) -> tuple:
-        arguments = [arguments[i] for i in self._kept]
+        if self._fewer:
+            arguments = [arguments[i] for i in self._kept]
         if self._run is None:
             with self._lock:
                 self._run = self._run or self._compile(arguments)
@@ -80,7 +82,7 @@ class Lazy:
             torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
         return self._run(*arguments)
 
-    def _compile(self, arguments: list[object]) -> Runnable:
+    def _compile(self, arguments: Sequence[object]) -> Runnable:
         started = time.perf_counter()
         if not self._guarded and self._rows is None:
             run = compile_piece(self._piece, self._patches)

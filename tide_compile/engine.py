@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache, StoppingCriteria
+from transformers import StaticCache
 
 from tide_compile.config import TIDEConfig
 from tide_compile.executor import rehearsal
@@ -101,11 +101,9 @@ class TIDE:
         """
         started = time.perf_counter()
         ids = torch.ones(batch_size, prompt_length, dtype=torch.long, device=self.model.device)
+        self._static_cache("static", batch_size, prompt_length + max_new_tokens)
         with rehearsal():
-            self.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
-                stopping_criteria=[_Long(prompt_length + _WARM_TOKENS)],
-            )  # fmt: skip
+            self.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_WARM_TOKENS)
         self.last_stats = None
         return time.perf_counter() - started
 
@@ -149,16 +147,6 @@ class TIDE:
             if shape is not None:
                 self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
         return self._cache
-
-
-class _Long(StoppingCriteria):
-    """Sequences of ``length`` tokens end."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
-        return input_ids.new_full(input_ids.shape[:1], input_ids.shape[1] >= self.length, dtype=torch.bool)
 
 
 def _mark_prompt_length(kwargs: dict[str, object]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import itemgetter
@@ -19,7 +19,7 @@ from tide_compile.errors import RouterMismatchError
 from tide_compile.kernels.scatter import scatter
 from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, ROWS, THRESHOLD, VALID, Plan, Program, Settings
 from tide_compile.stats import PADDING, ExitStats, active_recorders
-from tide_compile.times import EXECUTOR, timed_maybe, timing
+from tide_compile.times import EXECUTOR, active_times
 
 log = logging.getLogger("tide_compile")
 
@@ -48,10 +48,8 @@ class _Call:
     write: tuple[int, ...]
 
     def __call__(self, env: list) -> None:
-        if timing():
-            with timed_maybe(self.name):
-                self._run(env)
-        else:
+        times = active_times()
+        with nullcontext() if times is None else times.timed(self.name):
             self._run(env)
 
     def _run(self, env: list) -> None:
@@ -148,7 +146,8 @@ class Executor:
         self._results = tuple((slots[r], None) if isinstance(r, str) else (None, r) for r in program.results)
 
     def __call__(self, *arguments: object) -> tuple:
-        with timed_maybe(EXECUTOR):
+        times = active_times()
+        with nullcontext() if times is None else times.timed(EXECUTOR):
             return self._forward(arguments)
 
     def _forward(self, arguments: tuple[object, ...]) -> tuple:

@@ -9,32 +9,35 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tide_compile.errors import ConfigError
+from tide_compile.kernels.cards import DTYPES
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-def load_model(name: str, dtype: str = "bf16") -> nn.Module:
+def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     """The model with its weights. ``name``: a hub name, a folder or a GGUF file (dequantised).
 
     Raises:
-        ConfigError: the dtype is not known, or there is no such model.
+        ConfigError: there is no such model.
     """
-    where, extra = _where(name)
+    where, extra = source_of(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(where, dtype=find_dtype(dtype), **extra).eval()
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).eval()
     except OSError as error:
         raise ConfigError(f"no model could be loaded from {name!r}: {error}") from error
 
 
-def load_skeleton(name: str, dtype: str = "bf16") -> nn.Module:
-    """The model without weights, on the ``meta`` device; only its config is read."""
-    where, extra = _where(name)
+def load_skeleton(name: str, dtype: torch.dtype) -> nn.Module:
+    """The model without weights, on the ``meta`` device; only its config is read.
+
+    Raises:
+        ConfigError: there is no such config.
+    """
+    where, extra = source_of(name)
     try:
         config = AutoConfig.from_pretrained(where, **extra)
     except OSError as error:
         raise ConfigError(f"no config could be loaded from {name!r}: {error}") from error
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=find_dtype(dtype)).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def find_dtype(name: str) -> torch.dtype:
@@ -44,6 +47,7 @@ def find_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _where(name: str) -> tuple[str | Path, dict[str, str]]:
+def source_of(name: str) -> tuple[str | Path, dict[str, str]]:
+    """What ``from_pretrained`` takes for a name: where, and further arguments."""
     path = Path(name)
     return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})

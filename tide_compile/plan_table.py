@@ -20,8 +20,8 @@ def show_plan(
     share: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Print a forecast for every batch, context and depth, or write it to stdout as JSON."""
-    target = find_device(device, find_dtype(dtype))
-    skeleton = load_skeleton(model, dtype)
+    chosen = find_dtype(dtype)
+    target, skeleton = find_device(device, chosen), load_skeleton(model, chosen)
     layers = skeleton.config.get_text_config(decoder=True).num_hidden_layers
     costs = CostModel(skeleton, depths or (layers // 3, 2 * layers // 3))
     forecasts = [

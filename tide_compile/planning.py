@@ -21,12 +21,6 @@ from tide_compile.tuning import measured_decoding
 _CONTEXT = 64  # tokens of the cache in the traced graph; costs grow in proportion
 _KERNEL = 4e-6  # seconds that a kernel of a CUDA GPU costs in a stream, whatever its size
 
-# Dense fp16 operations per second of the tensor cores, from the data sheets named in kernels/cards.py (halved where a
-# sheet counts sparsity): the model is bound by memory at batch 1 and this by the product of batch and operations.
-_FLOPS = {
-    "V100": 125e12, "T4": 65e12, "A100": 312e12, "A10G": 125e12, "L4": 121e12, "H100": 989e12, "B200": 2250e12,
-}  # fmt: skip
-
 
 def find_device(name: str, dtype: torch.dtype) -> Device:
     """A GPU of the table by name, at an eighth of its operations for fp32, or ``"cpu"``: this machine's, measured.
@@ -38,7 +32,7 @@ def find_device(name: str, dtype: torch.dtype) -> Device:
         return measured_decoding(dtype)
     for card in CARDS:
         if card.name.lower() == name.lower():
-            flops = _FLOPS[card.name] / (1 if dtype.itemsize == 2 else 8)
+            flops = card.flops / (1 if dtype.itemsize == 2 else 8)
             return Device(flops, card.bandwidth, _KERNEL)
     raise ConfigError(f"device {name!r} is not known: give cpu or one of {', '.join(c.name for c in CARDS)}.")
 

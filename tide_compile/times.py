@@ -21,8 +21,14 @@ class Times:
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds.setdefault(name, []).append(seconds)
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        _wait()
+        started = time.perf_counter()
+        yield
+        _wait()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - started)
 
 
 _times: ContextVar[Times | None] = ContextVar("tide_times", default=None)
@@ -40,23 +46,9 @@ def record_times() -> Iterator[Times]:
         _times.reset(token)
 
 
-@contextmanager
-def timed_maybe(name: str) -> Iterator[None]:
-    """Time a block if somebody asked for it."""
-    times = _times.get()
-    if times is None:
-        yield
-        return
-    _wait()
-    started = time.perf_counter()
-    yield
-    _wait()
-    times.add(name, time.perf_counter() - started)
-
-
-def timing() -> bool:
-    """Whether somebody asked for times."""
-    return _times.get() is not None
+def active_times() -> Times | None:
+    """Where times are wanted right now."""
+    return _times.get()
 
 
 def _wait() -> None:
