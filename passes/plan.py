@@ -15,19 +15,20 @@ from torch.fx import GraphModule
 HIDDEN = "tide_hidden"  # [B, S, H] residual stream after the latest segment
 ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are padding
 VALID = "tide_valid"  # [B, S] bool, rows that are no padding: ACTIVE as it was at first
+SCORE = "tide_score"  # [B, S] fp32, what the latest checkpoint's router said
 LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
 ROWS = "tide_rows"  # [n] or [B, n] int64, the tokens that a compact segment runs
 COUNTS = "tide_counts"  # [3] int64, rows leaving now, rows still active after that, the most of them in a sequence
 OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
-THRESHOLD = "tide_threshold"  # [] fp32
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Values a compilation is asked for; ``routers`` maps a layer to the tensors of its router.
 
-    Router tensors: ``down`` [D, H] and ``up`` [1, D], fp32. ``norm_weight`` [H] and ``norm_bias`` [H] or None belong
-    to the normalisation in front of every router. ``projections`` maps a layer to ``(weight [H, H], bias [H])``.
+    Router tensors: ``down`` [D, H], ``up`` [1, D] and ``threshold`` [], fp32. ``norm_weight`` [H] and ``norm_bias``
+    [H] or None belong to the normalisation in front of every router. ``projections`` maps a layer to
+    ``(weight [H, H], bias [H])``.
     """
 
     checkpoint_interval: int

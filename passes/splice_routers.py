@@ -14,7 +14,7 @@ from tide_compile.passes.plan import (
     HIDDEN,
     LEAVE,
     OUT,
-    THRESHOLD,
+    SCORE,
     Piece,
     Plan,
     Program,
@@ -26,9 +26,9 @@ from torch.fx import Graph, GraphModule, Node
 def splice_routers(program: Program, plan: Plan) -> Program:
     """Append the decision to each checkpoint's segment.
 
-    Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, threshold, router) -> h', leave, active',
-    counts`` with ``leave = active and score > threshold`` and ``counts = [leaving, still active, most in a sequence]``:
-    all that the host wants to know, so that it reads once.
+    Before: ``segment(h, ...) -> h'``. After: ``segment(h, ..., active, router) -> h', score, leave, active', counts``
+    with ``leave = active and score > threshold`` and ``counts = [leaving, still active, most in a sequence]``: all that
+    the host wants to know, so that it reads once.
     With exit projections, one more piece per checkpoint: ``project(h, leave, out, W, b) -> out'``.
 
     Safe because it only adds nodes behind the segment's last value; the residual stream is untouched.
@@ -59,7 +59,6 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
             "Calibrate this model."
         )
     active = add_placeholder(graph, ACTIVE, like.new_empty(like.shape[:2], dtype=torch.bool))
-    threshold = add_placeholder(graph, THRESHOLD, like.new_empty((), dtype=torch.float32))
     parts = [name.rsplit(".", 1)[-1] for name in tensors]
     router = {
         part: add_placeholder(graph, f"tide_{part}", _fake_like(like, tensor))
@@ -68,22 +67,22 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
     with graph.inserting_before(output):
         routed = graph.call_function(
             torch.ops.tide.route.default,
-            (hidden, active, router["norm_weight"], router.get("norm_bias"), router["down"], router["up"], threshold,
-             settings.norm_eps, settings.layer_norm),
+            (hidden, active, router["norm_weight"], router.get("norm_bias"), router["down"], router["up"],
+             router["threshold"], settings.norm_eps, settings.layer_norm),
         )  # fmt: skip
         score_value = like.new_empty(like.shape[:2], dtype=torch.float32)
         routed.meta["example_value"] = (score_value, score_value > 0)
-        leave = call(graph, operator.getitem, routed, 1)
+        score, leave = (call(graph, operator.getitem, routed, i) for i in (0, 1))
         remaining = call(graph, torch.logical_and, active, call(graph, torch.logical_not, leave))
         per_sequence = call(graph, torch.sum, remaining, 1)
         most = call(graph, torch.amax, per_sequence)
         counts = call(graph, torch.stack, [call(graph, torch.sum, leave), call(graph, torch.sum, remaining), most])
-    output.args = ((*output.args[0], leave, remaining, counts),)
+    output.args = ((*output.args[0], score, leave, remaining, counts),)
     piece.graph.recompile()
     return Piece(
         piece.graph,
-        (*piece.inputs, ACTIVE, THRESHOLD, *tensors),
-        (*piece.outputs, LEAVE, ACTIVE, COUNTS),
+        (*piece.inputs, ACTIVE, *tensors),
+        (*piece.outputs, SCORE, LEAVE, ACTIVE, COUNTS),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tide_compile.passes.errors import VerificationError
 from tide_compile.passes.fx_tools import output_nodes, value_of
-from tide_compile.passes.plan import OUT, ROWS, THRESHOLD, VALID, Program
+from tide_compile.passes.plan import OUT, ROWS, VALID, Program
 from torch.fx import GraphModule
 
 
@@ -17,7 +17,7 @@ def verify(program: GraphModule | Program, after: str) -> None:
     if isinstance(program, GraphModule):
         program.graph.lint()
         return
-    defined = {*program.arguments, *program.constants, THRESHOLD, OUT, ROWS, VALID}
+    defined = {*program.arguments, *program.constants, OUT, ROWS, VALID}
     straight = [n for n in program.pieces if "." not in n and not n.startswith(("project_", "fill_"))]
     for name in (*straight, *(n for n in program.pieces if n not in straight)):
         piece = program.pieces[name]

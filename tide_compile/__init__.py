@@ -13,6 +13,7 @@ if (_root / "pyproject.toml").is_file():  # a checkout, editable or bare: passes
 from tide_compile.calibrate import calibrate  # noqa: E402  (needs __path__)
 from tide_compile.config import TIDEConfig  # noqa: E402
 from tide_compile.engine import TIDE  # noqa: E402
+from tide_compile.executor import exit_threshold  # noqa: E402
 from tide_compile.reference import eager_reference  # noqa: E402
 from tide_compile.registry import attach  # noqa: E402
 from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "attach",
     "calibrate",
     "eager_reference",
+    "exit_threshold",
     "record_exits",
     "record_times",
 ]

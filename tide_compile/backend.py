@@ -65,7 +65,7 @@ def tide_backend(
     log.info("%d layers, exits after layers %s", len(plan.layers), list(plan.checkpoints) or "none")
     version = functools.partial(version_of, router)
     policy = Compaction(program, plan, config)
-    return Executor(program, plan, runnables, config.exit_threshold, policy, example_inputs, settings_for, version)
+    return Executor(program, plan, runnables, policy, example_inputs, settings_for, version)
 
 
 def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tide_compile.collect import Gram, Reservoir
-from tide_compile.config import TIDEConfig
+from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
 from tide_compile.decoder import Decoder, find_decoder
 from tide_compile.errors import CalibrationDataError, ConfigError
 from tide_compile.files import router_cache
@@ -197,7 +197,13 @@ def _fit(
             sets.append((_normed(part.at(index), norm), label))
         router = bank.routers[layer] = train_router(*sets, config.router_bottleneck_dim, seed)
         bank.metadata["table"].append(
-            _row(layer, router(sets[1][0]), sets[1][1], agreement[states.held_out], config.exit_threshold)
+            _row(
+                layer,
+                router(sets[1][0]),
+                sets[1][1],
+                agreement[states.held_out],
+                config.exit_threshold or DEFAULT_THRESHOLD,
+            )
         )
     return bank
 

@@ -18,6 +18,7 @@ _CHOICES = {
     "compaction": ("auto", "always", "never"),
 }
 _SHARES = ("convergence_threshold", "compaction_threshold", "exit_threshold")
+DEFAULT_THRESHOLD = 0.85
 _POSITIVE = ("min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim")
 
 
@@ -26,7 +27,8 @@ class TIDEConfig:
     """Settings of the compiler and of calibration; the same names are the options of ``backend="tide"``.
 
     Attributes:
-        exit_threshold: a token leaves when its router score is strictly above this, 0..1. 1.0 turns TIDE off.
+        exit_threshold: a token leaves when its router score is strictly above this, 0..1. 1.0 turns TIDE off. None: the
+            thresholds that the routers bring with them, and 0.85 for routers without any.
         min_layers: no token leaves before it has passed this many layers.
         checkpoint_interval: layers from one checkpoint to the next.
         exit_strategy: what an exited state goes through before the final norm: ``"identity"`` (nothing), ``"affine"``
@@ -48,7 +50,7 @@ class TIDEConfig:
             and that is logged.
     """
 
-    exit_threshold: float = 0.85
+    exit_threshold: float | None = None
     min_layers: int = 8
     checkpoint_interval: int = 4
     exit_strategy: str = "auto"
@@ -66,6 +68,8 @@ class TIDEConfig:
     def __post_init__(self) -> None:
         for name in _SHARES:
             value = getattr(self, name)
+            if value is None and name == "exit_threshold":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a number from 0 to 1.")
         for name in _POSITIVE:

@@ -52,7 +52,7 @@ class TIDE:
         model = generating_model(model)
         self.config = config or TIDEConfig()
         options = self.config.to_dict()
-        if self.config.exit_threshold < 1:
+        if self.config.exit_threshold != 1:
             options["router"] = resolve_bank(router_path, model)
         if mode is not None:
             options["mode"] = mode

@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from tide_compile.compaction import Compaction
+from tide_compile.config import TIDEConfig
 from tide_compile.decision import DecisionReader
 from tide_compile.errors import RouterMismatchError
 from tide_compile.kernels.scatter import scatter
-from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, ROWS, THRESHOLD, VALID, Plan, Program, Settings
+from tide_compile.passes.plan import ACTIVE, COUNTS, HIDDEN, LEAVE, OUT, ROWS, SCORE, VALID, Plan, Program, Settings
 from tide_compile.stats import PADDING, ExitStats, active_recorders
 from tide_compile.times import EXECUTOR, active_times
 
 log = logging.getLogger("tide_compile")
 
 
+_threshold: ContextVar[float | None] = ContextVar("tide_exit_threshold", default=None)
 _rehearsing: ContextVar[bool] = ContextVar("tide_rehearsing", default=False)
 
 
@@ -36,6 +38,21 @@ def rehearsal() -> Iterator[None]:
         yield
     finally:
         _rehearsing.reset(token)
+
+
+@contextmanager
+def exit_threshold(value: float) -> Iterator[None]:
+    """Inside, this threshold (0..1; 1: nobody leaves) takes the place of those that the code was compiled with, in
+    calls of this thread or task. Nothing is compiled again.
+
+    Raises:
+        ConfigError: not a number from 0 to 1.
+    """
+    token = _threshold.set(TIDEConfig(exit_threshold=value).exit_threshold)
+    try:
+        yield
+    finally:
+        _threshold.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,7 @@ class Executor:
         program: the pieces' inputs and outputs by name.
         plan: the plan they were built from.
         runnables: the compiled pieces by name (``lowering.lower``).
-        threshold: the exit threshold, 0..1. compaction: the policy.
+        compaction: the policy.
         example_inputs: of the graph; the routers in ``program`` belong to the model they come from.
         settings_for: finds the settings for the inputs of another model.
         version: of the routers; looked at on every call.
@@ -100,16 +117,15 @@ class Executor:
         program: Program,
         plan: Plan,
         runnables: dict[str, Callable[..., tuple]],
-        threshold: float,
         compaction: Compaction,
         example_inputs: Sequence[object],
         settings_for: Callable[[Sequence[object]], Settings],
         version: Callable[[], object],
     ) -> None:
         self.plan = plan
-        names = [*program.arguments, *program.constants, THRESHOLD]
+        names = [*program.arguments, *program.constants]
         names += [n for piece in program.pieces.values() for n in (*piece.inputs, *piece.outputs)]
-        kept = (HIDDEN, ACTIVE, VALID, ROWS, OUT, LEAVE, COUNTS)
+        kept = (HIDDEN, ACTIVE, VALID, ROWS, OUT, SCORE, LEAVE, COUNTS)
         slots = {name: i for i, name in enumerate(dict.fromkeys([*names, *kept]))}
 
         def call(name: str) -> _Call | None:
@@ -133,11 +149,12 @@ class Executor:
             for i in range(plan.num_segments)
         )
         self._hidden, self._active, self._valid, self._out = (slots[n] for n in (HIDDEN, ACTIVE, VALID, OUT))
-        self._leave, self._counts, self._rows = slots[LEAVE], slots[COUNTS], slots[ROWS]
+        self._score, self._leave, self._counts, self._rows = (slots[n] for n in (SCORE, LEAVE, COUNTS, ROWS))
         self._compaction, self._read = compaction, DecisionReader(size=3)
         self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
-        self._threshold, self._settings_for = threshold, settings_for
-        self._empty = len(slots) - len(program.arguments) - len(program.constants) - 1
+        self._settings_for = settings_for
+        self._thresholds = [slots[n] for n in program.constants if n.endswith(".threshold")]
+        self._empty = len(slots) - len(program.arguments) - len(program.constants)
         parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)]
         self._anchors = [parameters[i] for i in {0, len(parameters) // 2, len(parameters) - 1}] if parameters else []
         self._version_of, self._version = version, version()
@@ -152,6 +169,10 @@ class Executor:
 
     def _forward(self, arguments: tuple[object, ...]) -> tuple:
         env = [*arguments, *self._constants_of(arguments)]
+        override = _threshold.get()
+        if override is not None:
+            for slot in self._thresholds:
+                env[slot] = env[slot].new_full((), override)
         self._prologue(env)
         valid = env[self._valid] = env[self._active]
         recorders = active_recorders()
@@ -163,6 +184,8 @@ class Executor:
                 continue
             leaving, remaining, most = self._read(env[self._counts])
             before = leaving + remaining if before is None else before
+            if trace is not None:
+                trace.decided(segment.checkpoint, env[self._score], env[self._leave], env[self._active])
             if leaving:
                 if segment.project is not None:
                     if not exits:
@@ -172,8 +195,6 @@ class Executor:
                 if remaining and self._compaction.possible and self._compaction.due(before, remaining):
                     env[self._rows] = self._compaction.rows(env[self._active], remaining, most)
                     before = remaining
-                if trace is not None:
-                    trace.leave(segment.checkpoint, env[self._leave])
                 if not remaining:
                     if segment.fill is not None:
                         segment.fill(env)
@@ -188,6 +209,7 @@ class Executor:
             recorder.add(len(self.plan.layers), exits, valid if remaining is None else remaining)
             if recorder.per_token:
                 recorder.exit_layers.append(trace.layers)
+                recorder.scores.append(trace.scores)
         return tuple(value if slot is None else env[slot] for slot, value in self._results)
 
     def _rehearse(self, env: list) -> None:
@@ -216,9 +238,7 @@ class Executor:
         return segment.compact if decision.compact else segment.masked
 
     def _bind(self, arguments: Sequence[object], constants: dict[str, torch.Tensor]) -> list:
-        device = next((t.device for t in constants.values()), "cpu")
-        threshold = torch.tensor(self._threshold, dtype=torch.float32, device=device)
-        tail = [*constants.values(), threshold, *[None] * self._empty]
+        tail = [*constants.values(), *[None] * self._empty]
         self._bound.append(([weakref.ref(arguments[i]) for i in self._anchors], tail))
         return tail
 
@@ -246,14 +266,16 @@ class Executor:
 
 
 class _Trace:
-    """The exit layer of every token, [B, S] int64."""
+    """The exit layer of every token, [B, S] int64, and the latest score that it got, [B, S] fp32 (NaN: none)."""
 
     def __init__(self, valid: torch.Tensor, plan: Plan) -> None:
         last = len(plan.layers) - 1
         self.layers = torch.where(valid, last, PADDING)
+        self.scores = torch.full_like(self.layers, torch.nan, dtype=torch.float32)
 
-    def leave(self, layer: int, rows: torch.Tensor) -> None:
-        self.layers = torch.where(rows, layer, self.layers)
+    def decided(self, layer: int, scores: torch.Tensor, leave: torch.Tensor, active: torch.Tensor) -> None:
+        self.layers = torch.where(leave, layer, self.layers)
+        self.scores = torch.where(leave | active, scores, self.scores)
 
 
 def _reader(slots: list[int]) -> Callable[[list], tuple]:

@@ -4,7 +4,7 @@ The loop, for a state h [B, S, H] behind layer l::
 
     h = where(exited, h_before, h)                     # an exited token keeps its frozen state
     if l is a checkpoint:
-        score = router_l(h);  leave = active & (score > exit_threshold)
+        score = router_l(h);  leave = active & (score > threshold_l)
         out   = where(leave, project_l(h), out);  exited |= leave
     if l is the last layer: h = where(exited, out, h)
 """
@@ -34,9 +34,7 @@ class Reference:
     def __init__(self, decoder: Decoder, bank: RouterBank, config: TIDEConfig) -> None:
         device, dtype = decoder.device, decoder.dtype
         self.settings = bank.settings(config, device, dtype)
-        off = config.exit_threshold == 1
-        self.checkpoints = () if off else checkpoint_layers(len(decoder.layers), self.settings)[1]
-        self.threshold = torch.tensor(config.exit_threshold, dtype=torch.float32, device=device)
+        self.checkpoints = checkpoint_layers(len(decoder.layers), self.settings)[1]
         self.last = len(decoder.layers) - 1
         self.zero_pad = config.kv_cache_strategy == "zero_pad"
         self.exit_layers: list[Tensor] = []
@@ -65,7 +63,7 @@ class Reference:
         router = s.routers[layer]
         score, leave = route_reference(
             hidden, self.valid & ~self.exited, s.norm_weight, s.norm_bias, router["down"], router["up"],
-            self.threshold, s.norm_eps, s.layer_norm,
+            router["threshold"], s.norm_eps, s.layer_norm,
         )  # fmt: skip
         if s.projections is None:
             self.out = torch.where(leave.unsqueeze(-1), hidden, self.out)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from tide_compile.config import TIDEConfig
+from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
 from tide_compile.errors import ConfigError, NoRouterError, RouterFileError
 from tide_compile.files import write_tensors
 from tide_compile.fingerprint import fingerprint
@@ -62,6 +63,9 @@ class RouterBank:
     Attributes:
         routers: layer -> router of the checkpoint after that layer.
         norm: what the routers read the state through.
+        thresholds: layer -> the score above which a token leaves there, chosen with the routers; layers that are not
+            named are no checkpoints then. Empty: nothing was chosen. They are used where the config gives no
+            ``exit_threshold``.
         projections: layer -> (weight [H, H], bias [H]) for ``exit_strategy="affine"``; empty for identity.
         num_layers: layers of the model.
         fingerprint: of the model's weights; None accepts any model of that size.
@@ -73,6 +77,7 @@ class RouterBank:
     num_layers: int
     projections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fingerprint: str | None = None
+    thresholds: dict[int, float] = field(default_factory=dict)
     metadata: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -152,14 +157,21 @@ class RouterBank:
             raise NoRouterError(
                 "this bank holds no routers. Calibrate, or pass exit_threshold=1.0 to run without exits."
             )
+        thresholds = self._thresholds(config)
+        if config.exit_threshold is None and self.thresholds:
+            step = math.gcd(*(layer + 1 for layer in thresholds)) if thresholds else config.checkpoint_interval
+            config = replace(config, checkpoint_interval=step, min_layers=1)
         affine = self.projections and config.exit_strategy != "identity"
-        missing = sorted(set(self.routers) - set(self.projections)) if affine else []
+        missing = sorted(set(thresholds) - set(self.projections)) if affine else []
         if missing:
             raise RouterFileError(f"these routers lack the exit projections of layers {missing}. Calibrate again.")
         return config.settings(
             routers={
-                layer: {n.split(".")[0]: t.detach().to(device) for n, t in router.state_dict().items()}
-                for layer, router in self.routers.items()
+                layer: {
+                    "threshold": torch.tensor(threshold, dtype=torch.float32, device=device),
+                    **{n.split(".")[0]: t.detach().to(device) for n, t in self.routers[layer].state_dict().items()},
+                }
+                for layer, threshold in thresholds.items()
             },
             norm_weight=self.norm.weight.to(device),
             norm_bias=None if self.norm.bias is None else self.norm.bias.to(device),
@@ -170,6 +182,16 @@ class RouterBank:
             else None,
             expected_layers=self.num_layers,
         )
+
+    def _thresholds(self, config: TIDEConfig) -> dict[int, float]:
+        """Layer -> threshold of the checkpoints that somebody can leave at."""
+        if config.exit_threshold is None and self.thresholds:
+            chosen = self.thresholds
+        else:
+            chosen = dict.fromkeys(
+                self.layers, DEFAULT_THRESHOLD if config.exit_threshold is None else config.exit_threshold
+            )
+        return {layer: value for layer, value in sorted(chosen.items()) if value < 1}
 
     def save(self, path: str | Path) -> Path:
         """Write the bank as safetensors, atomically: an interrupted save leaves the old file."""
@@ -184,6 +206,7 @@ class RouterBank:
             "format": FORMAT,
             "num_layers": self.num_layers,
             "fingerprint": self.fingerprint,
+            "thresholds": {str(layer): value for layer, value in self.thresholds.items()},
             "norm": {"eps": self.norm.eps, "layer_norm": self.norm.layer_norm},
             **self.metadata,
         }
@@ -241,9 +264,10 @@ class RouterBank:
             elif kind == "projection" and rest[1] == "weight":
                 projections[int(rest[0])] = (tensors[name], tensors[f"projection.{rest[0]}.bias"])
         norm = Norm(tensors["norm.weight"], tensors.get("norm.bias"), **header["norm"])
-        known = ("format", "num_layers", "fingerprint", "norm")
+        known = ("format", "num_layers", "fingerprint", "norm", "thresholds")
+        thresholds = {int(layer): value for layer, value in header.get("thresholds", {}).items()}
         metadata = {k: v for k, v in header.items() if k not in known}
-        return cls(routers, norm, header["num_layers"], projections, header["fingerprint"], metadata)
+        return cls(routers, norm, header["num_layers"], projections, header["fingerprint"], thresholds, metadata)
 
 
 def _load_reference(path: Path, model: nn.Module | None) -> RouterBank:

@@ -22,12 +22,14 @@ class ExitStats:
         remaining_tokens: tokens that ran all layers.
         exit_layers: with ``record_exits(per_token=True)``, one [B, S] int64 tensor per call: the layer a token left
             after, ``num_layers`` - 1 for one that ran them all, -1 for padding.
+        scores: likewise, [B, S] fp32: what the last router that a token met said of it; NaN where there was none.
         decisions: segment -> the latest ``Decision`` whether it left out rows that had exited; printing one tells why.
     """
 
     num_layers: int = 0
     exits_per_layer: dict[int, int] = field(default_factory=dict)
     exit_layers: list[torch.Tensor] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
     per_token: bool = False
     decisions: dict[str, object] = field(default_factory=dict)
     _remaining: int = 0
@@ -95,7 +97,7 @@ def record_exits(*, per_token: bool = False) -> Iterator[ExitStats]:
     """Collect the exits of every compiled call inside the block (of this thread or task).
 
     Args:
-        per_token: also keep the exit layer of every token (``stats.exit_layers``).
+        per_token: also keep the exit layer and the score of every token (``stats.exit_layers``, ``stats.scores``).
     """
     stats = ExitStats(per_token=per_token)
     token = _recorders.set((*_recorders.get(), stats))
