@@ -86,17 +86,17 @@ def launches(sizes: Sizes, dtype: str, rows: int, every: bool = False) -> Iterat
     t, f, b, i = f"*{dtype}", "*fp32", "*i1", "i32"
     block_t, block_d = route.blocks_of(rows, d)
     splits = triton.cdiv(d, block_d)
-    decision = dict(active=b, threshold=f, score=f, leave=b)
-    moved = rows * h * size + 4 * h * (d + 2) + 4 * d + 6 * rows
+    decision = dict(active=b, threshold=f, score=f, leave=b, offset=f)
+    moved = rows * h * size + 4 * h * (d + 2) + 4 * d + 10 * rows
     for norm, layer_norm in (("RMSNorm", False), ("LayerNorm", True)):
         types = dict(h=t, active=b, norm_weight=f, norm_bias=f, down=f, up=f, threshold=f, score=f, leave=b, parts=f,
-                     rows=i, row_stride=i, eps="fp32")  # fmt: skip
-        constants = dict(H=h, D=d, LAYER_NORM=layer_norm, HAS_BIAS=layer_norm, SPLIT=splits > 1, BLOCK_T=block_t,
-                         BLOCK_D=block_d)  # fmt: skip
+                     offset=f, rows=i, row_stride=i, eps="fp32")  # fmt: skip
+        constants = dict(H=h, D=d, LAYER_NORM=layer_norm, HAS_BIAS=layer_norm, SPLIT=splits > 1, HAS_OFFSET=True,
+                         BLOCK_T=block_t, BLOCK_D=block_d)  # fmt: skip
         yield from cases(f"route {norm}", route._route_kernel, types, constants, moved)
     if splits > 1:
-        constants = dict(SPLITS=splits, BLOCK_T=route.DECIDE_ROWS)
-        moved = 4 * splits * rows + 6 * rows
+        constants = dict(SPLITS=splits, HAS_OFFSET=True, BLOCK_T=route.DECIDE_ROWS)
+        moved = 4 * splits * rows + 10 * rows
         yield from cases("route decide", route._decide_kernel, dict(parts=f, **decision, rows=i), constants, moved)
     types = dict(active=b, chosen="*i64", length=i, count=i)
     yield from cases("compact", compact._compact_kernel, types, dict(BLOCK_L=compact.BLOCK), rows + 8 * rows)

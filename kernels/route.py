@@ -38,6 +38,7 @@ def route_reference(
     threshold: Tensor,
     eps: float,
     layer_norm: bool,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score every row and decide which leave.
 
@@ -47,13 +48,15 @@ def route_reference(
         norm_weight: [H] fp32. norm_bias: [H] fp32 or None.
         down: [D, H] fp32. up: [1, D] fp32.
         threshold: [] fp32; a row leaves when its score is strictly above.
+        offset: [B, S] fp32, added to what the sigmoid takes, or None.
 
     Returns:
         ``score`` [B, S] fp32 in 0..1 and ``leave`` [B, S] bool. A row with a NaN or an infinity never leaves.
     """
     x = normalise_reference(h, norm_weight, norm_bias, eps, layer_norm)
     hidden = torch.nn.functional.silu(_product(x, down))
-    score = torch.sigmoid((hidden * up[0]).sum(-1))
+    logit = (hidden * up[0]).sum(-1)
+    score = torch.sigmoid(logit if offset is None else logit + offset)
     finite = torch.isfinite(h).all(-1)
     return score, active & finite & (score > threshold.float())
 
@@ -68,8 +71,10 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def _decide(logit, row, inside, active, threshold, score, leave):
+def _decide(logit, row, inside, active, threshold, score, leave, offset, HAS_OFFSET: tl.constexpr):
     """Sigmoid and threshold test of the rows; a NaN is above nothing."""
+    if HAS_OFFSET:
+        logit += tl.load(offset + row, mask=inside, other=0)
     value = tl.sigmoid(logit)
     may = tl.load(active + row, mask=inside, other=0) != 0
     tl.store(score + row, value, mask=inside)
@@ -102,8 +107,9 @@ def _fits(config: triton.Config, sizes: Mapping[str, object]) -> bool:
 )
 @triton.jit
 def _route_kernel(
-    h, active, norm_weight, norm_bias, down, up, threshold, score, leave, parts, rows, row_stride, eps,
+    h, active, norm_weight, norm_bias, down, up, threshold, score, leave, parts, offset, rows, row_stride, eps,
     H: tl.constexpr, D: tl.constexpr, LAYER_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): rows [i * BLOCK_T, ..) and units [j * BLOCK_D, ..) of the bottleneck. With SPLIT it writes its
@@ -158,12 +164,13 @@ def _route_kernel(
     if SPLIT:
         tl.store(parts + tl.program_id(1).to(tl.int64) * rows + row, logit, mask=inside)
     else:
-        _decide(logit, row, inside, active, threshold, score, leave)
+        _decide(logit, row, inside, active, threshold, score, leave, offset, HAS_OFFSET)
 
 
 @triton.jit
 def _decide_kernel(
-    parts, active, threshold, score, leave, rows, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr
+    parts, active, threshold, score, leave, offset, rows, SPLITS: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """The sum of the shares, in the same order every time, and the decision."""
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -173,7 +180,7 @@ def _decide_kernel(
     for _ in range(SPLITS):
         logit += tl.load(at, mask=inside, other=0)
         at += rows
-    _decide(logit, row, inside, active, threshold, score, leave)
+    _decide(logit, row, inside, active, threshold, score, leave, offset, HAS_OFFSET)
 
 
 DECIDE_ROWS = 128  # per program of _decide_kernel
@@ -198,6 +205,7 @@ def launch_route(
     threshold: Tensor,
     eps: float,
     layer_norm: bool,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``route_reference`` by the kernel; one launch, two when the bottleneck is split."""
     require_support(h)
@@ -210,16 +218,18 @@ def launch_route(
     splits = triton.cdiv(bottleneck, block_d)
     parts = score if splits == 1 else torch.empty((splits, rows), dtype=torch.float32, device=h.device)
     active = active.contiguous()
+    added = score if offset is None else offset.contiguous()
     torch.library.wrap_triton(_route_kernel)[(triton.cdiv(rows, block_t), splits)](
         x, active, norm_weight.contiguous(), norm_weight if norm_bias is None else norm_bias.contiguous(),
-        down.contiguous(), up.contiguous(), threshold, score, leave, parts, rows, x.stride(0), eps,
+        down.contiguous(), up.contiguous(), threshold, score, leave, parts, added, rows, x.stride(0), eps,
         H=hidden, D=bottleneck, LAYER_NORM=layer_norm, HAS_BIAS=norm_bias is not None, SPLIT=splits > 1,
-        BLOCK_T=block_t, BLOCK_D=block_d,
+        HAS_OFFSET=offset is not None, BLOCK_T=block_t, BLOCK_D=block_d,
     )  # fmt: skip
     if splits > 1:
         torch.library.wrap_triton(_decide_kernel)[(triton.cdiv(rows, DECIDE_ROWS),)](
-            parts, active, threshold, score, leave, rows, SPLITS=splits, BLOCK_T=DECIDE_ROWS
-        )
+            parts, active, threshold, score, leave, added, rows, SPLITS=splits, HAS_OFFSET=offset is not None,
+            BLOCK_T=DECIDE_ROWS,
+        )  # fmt: skip
     return score, leave
 
 
@@ -234,7 +244,8 @@ def route(
     threshold: Tensor,
     eps: float,
     layer_norm: bool,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See ``route_reference``, which is the meaning of this op on every device."""
     run = launch_route if h.is_cuda else route_reference
-    return run(h, active, norm_weight, norm_bias, down, up, threshold, eps, layer_norm)
+    return run(h, active, norm_weight, norm_bias, down, up, threshold, eps, layer_norm, offset)

@@ -166,11 +166,13 @@ def cost_of(gm: GraphModule) -> PieceCost:
 def router_cost_of(gm: GraphModule) -> PieceCost:
     """Add up the routers and exit projections of a piece."""
     total = PieceCost()
-    for target, position in ((torch.ops.tide.route.default, 4), (torch.ops.tide.project.default, 3)):
+    ops = torch.ops.tide
+    for target, positions in ((ops.route.default, (4,)), (ops.probe.default, (3, 4)), (ops.project.default, (3, 5))):
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            hidden, weight = value_of(node.args[0]), value_of(node.args[position])
+            hidden = value_of(node.args[0])
             rows = _count(hidden) / hint(hidden.shape[-1])
-            total += PieceCost(2.0 * rows * _count(weight), _bytes(weight), 0.0, 1)
+            for weight in (value_of(node.args[p]) for p in positions if p < len(node.args)):
+                total += PieceCost(2.0 * rows * _count(weight), _bytes(weight), 0.0, 1)
     return total
 
 

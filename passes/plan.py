@@ -26,9 +26,9 @@ OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
 class Settings:
     """Values a compilation is asked for; ``routers`` maps a layer to the tensors of its router.
 
-    Router tensors: ``down`` [D, H], ``up`` [1, D] and ``threshold`` [], fp32. ``norm_weight`` [H] and ``norm_bias``
-    [H] or None belong to the normalisation in front of every router. ``projections`` maps a layer to
-    ``(weight [H, H], bias [H])``.
+    Router tensors: ``down`` [D, H], ``up`` [1, D] and ``threshold`` [], fp32; those of ``tide::probe``, where there is
+    one. ``norm_weight`` [H] and ``norm_bias`` [H] or None belong to the normalisation in front of every router.
+    ``projections`` maps a layer to the tensors of ``tide::project``.
     """
 
     checkpoint_interval: int
@@ -39,7 +39,7 @@ class Settings:
     norm_bias: torch.Tensor | None = None
     norm_eps: float = 1e-6
     layer_norm: bool = False
-    projections: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    projections: dict[int, dict[str, torch.Tensor]] | None = None
     expected_layers: int | None = None
     compact: bool = True  # whether segments get a compact form
 
@@ -48,8 +48,7 @@ class Settings:
         named = {f"router.{layer}.{n}": t for n, t in self.routers[layer].items()}
         named |= {"router.norm_weight": self.norm_weight, "router.norm_bias": self.norm_bias}
         if self.projections is not None:
-            weight, bias = self.projections[layer]
-            named |= {f"projection.{layer}.weight": weight, f"projection.{layer}.bias": bias}
+            named |= {f"projection.{layer}.{n}": t for n, t in self.projections[layer].items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 

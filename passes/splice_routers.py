@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from tide_compile.kernels import project, route  # noqa: F401  (defines the ops)
+from tide_compile.kernels import probe, project, route  # noqa: F401  (defines the ops)
 from tide_compile.passes.errors import CheckpointError
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.plan import (
@@ -44,7 +44,7 @@ def splice_routers(program: Program, plan: Plan) -> Program:
         name = f"segment_{segment}"
         pieces[name] = _with_router(pieces[name], settings, {n: t for n, t in found.items() if n.startswith("router.")})
         if settings.projections is not None:
-            pieces[f"project_{layer}"] = _projection(pieces[name], layer, *settings.projections[layer])
+            pieces[f"project_{layer}"] = _projection(pieces[name], layer, settings.projections[layer])
     return Program(pieces, program.arguments, program.results, constants)
 
 
@@ -65,10 +65,18 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
         for part, tensor in zip(parts, tensors.values(), strict=True)
     }
     with graph.inserting_before(output):
+        probe = None
+        if "first" in router:
+            read = [router[n] for n in ("first", "second", "second_bias", "inner", "inner_bias", "outer")]
+            probe = graph.call_function(
+                torch.ops.tide.probe.default,
+                (hidden, router["norm_weight"], router.get("norm_bias"), *read, settings.norm_eps, settings.layer_norm),
+            )
+            probe.meta["example_value"] = like.new_empty(like.shape[:2], dtype=torch.float32)
         routed = graph.call_function(
             torch.ops.tide.route.default,
             (hidden, active, router["norm_weight"], router.get("norm_bias"), router["down"], router["up"],
-             router["threshold"], settings.norm_eps, settings.layer_norm),
+             router["threshold"], settings.norm_eps, settings.layer_norm, probe),
         )  # fmt: skip
         score_value = like.new_empty(like.shape[:2], dtype=torch.float32)
         routed.meta["example_value"] = (score_value, score_value > 0)
@@ -86,7 +94,7 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
     )
 
 
-def _projection(segment: Piece, layer: int, weight: torch.Tensor, bias: torch.Tensor) -> Piece:
+def _projection(segment: Piece, layer: int, tensors: dict[str, torch.Tensor]) -> Piece:
     hidden = value_of(segment.graph.graph.output_node().args[0][segment.outputs.index(HIDDEN)])
     graph = Graph()
     result: Node = graph.output(())
@@ -94,15 +102,14 @@ def _projection(segment: Piece, layer: int, weight: torch.Tensor, bias: torch.Te
         "hidden": hidden,
         "leave": hidden.new_empty(hidden.shape[:2], dtype=torch.bool),
         "out": torch.empty_like(hidden),
-        "weight": _fake_like(hidden, weight),
-        "bias": _fake_like(hidden, bias),
+        **{name: _fake_like(hidden, tensors[name]) for name in ("weight", "bias", "down") if name in tensors},
     }
     nodes = [add_placeholder(graph, n, v) for n, v in values.items()]
     with graph.inserting_before(result):
         node = graph.call_function(torch.ops.tide.project.default, tuple(nodes))
     node.meta["example_value"] = torch.empty_like(hidden)
     result.args = ((node,),)
-    names = (HIDDEN, LEAVE, OUT, f"projection.{layer}.weight", f"projection.{layer}.bias")
+    names = (HIDDEN, LEAVE, OUT, *(f"projection.{layer}.{n}" for n in ("weight", "bias", "down") if n in tensors))
     return Piece(GraphModule(torch.nn.Module(), graph), names, (OUT,))
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tide_compile.kernels.route import normalise_reference
 from torch import nn
 
 import tide_compile
@@ -14,15 +15,19 @@ from tide_compile import RouterBank, TIDEConfig, calibrate
 from tide_compile.collect import Gram, Reservoir
 from tide_compile.decoder import find_decoder
 from tide_compile.errors import CalibrationDataError, ConfigError, LayersNotFoundError
-from tide_compile.fit import fit_projection, train_router
+from tide_compile.networks import TokenRouter
 from tide_compile.norms import fit_norm_maybe
+from tide_compile.project import fit_affine
 from tide_compile.texts import calibration_texts
+from tide_compile.train import train_router
 
-CONFIG = TIDEConfig(checkpoint_interval=1, min_layers=1, router_bottleneck_dim=8)
+CONFIG = TIDEConfig(checkpoint_interval=1, min_layers=1, router_bottleneck_dim=8, distillation_steps=8)
 
 
 class Characters:
     """A tokenizer for tiny models: a character is a token."""
+
+    bos_token_id = eos_token_id = None
 
     def __call__(self, texts, truncation=True, max_length=64):
         return {"input_ids": [[ord(c) % VOCABULARY for c in text][:max_length] for text in texts]}
@@ -69,8 +74,7 @@ def test_agreement_is_measured_as_the_reference_does_it():
         states = {}
         with decoder.on_layers(lambda i, _, h: states.__setitem__(i, h)):
             model(held_out)
-        weight, bias = bank.projections[2]
-        got = decoder.logits(nn.functional.linear(states[2], weight, bias).flatten(0, 1)).argmax(-1)
+        got = decoder.logits(bank.projections[2](states[2]).flatten(0, 1)).argmax(-1)
         with tide_compile.eager_reference(model, bank, config):
             forced = model(held_out[:1]).logits.argmax(-1)
     agreement = (got == want.flatten()).float().mean().item()
@@ -87,8 +91,9 @@ def test_cosine_label_and_identity():
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     config = TIDEConfig(
-        checkpoint_interval=1, exit_strategy="identity", calibration_label="cosine", router_bottleneck_dim=8
-    )
+        checkpoint_interval=1, min_layers=1, exit_strategy="identity", calibration_label="cosine", router_kind="mlp",
+        router_bottleneck_dim=8,
+    )  # fmt: skip
     bank = run(model, texts(20), config=config)
     rates = {row["layer"]: row["label rate"] for row in bank.metadata["table"]}
     assert rates[1] == rates[2] == 1 and rates[0] < 1
@@ -108,9 +113,7 @@ def test_decoder_is_found(name):
     assert torch.allclose(decoder.logits(states[LAYERS - 1][0]), want[0], atol=1e-6)
     norm = decoder.final_norm()
     h = torch.randn(5, HIDDEN)
-    ours = tide_compile.calibrate.__globals__["normalise_reference"](
-        h, norm.weight, norm.bias, norm.eps, norm.layer_norm
-    )
+    ours = normalise_reference(h, norm.weight, norm.bias, norm.eps, norm.layer_norm)
     assert torch.allclose(ours, decoder.norm(h), atol=1e-4)
 
 
@@ -145,7 +148,7 @@ def test_ridge_finds_a_linear_map():
     for _ in range(20):
         x = torch.randn(50, 8, generator=generator) + 2
         gram.add(x, x @ weight.T + bias)
-    found = fit_projection(gram, x, x @ weight.T + bias)
+    found = fit_affine(gram, x, x @ weight.T + bias)
     assert torch.allclose(found[0], weight, atol=1e-2) and torch.allclose(found[1], bias, atol=1e-1)
     poor = Gram(8, torch.device("cpu"))
     x[:, 4:] = 0
@@ -157,9 +160,9 @@ def test_reservoir_is_uniform():
     """Every tenth of the stream is equally likely to be kept (60 draws of 100; five sigma)."""
     counts = torch.zeros(10)
     for seed in range(60):
-        reservoir = Reservoir(100, 1, 1, torch.float32, torch.Generator().manual_seed(seed))
+        reservoir, dice = Reservoir(100, 1, 1, torch.float32), torch.Generator().manual_seed(seed)
         for chunk in torch.arange(1000.0).view(-1, 1, 1).split(37):
-            reservoir.add(chunk)
+            reservoir.add(chunk, dice)
         counts += torch.histc(reservoir.at(0), 10, 0, 1000)
     assert (counts - 600).abs().max() < 5 * 600**0.5
 
@@ -168,7 +171,11 @@ def test_router_learns_and_repeats():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2100, 16, generator=generator)
     y = (x[:, 0] > 0).float()
-    first, second = (train_router((x[:2000], y[:2000]), (x[2000:], y[2000:]), 8, seed=4) for _ in range(2))
+    routers = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        routers.append(train_router(TokenRouter(16, 8), (x[:2000], y[:2000]), (x[2000:], y[2000:]), seed=4))
+    first, second = routers
     assert ((first(x[2000:]) > 0.5) == (y[2000:] > 0.5)).float().mean() > 0.9
     assert torch.equal(first.down.weight, second.down.weight)
 

@@ -54,7 +54,7 @@ def test_bad_files(bank, tmp_path):
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(RouterFileError, match="not a router file of format"):
         RouterBank.load(path)
-    header = {"format": "tide-routers-1", "num_layers": 4, "fingerprint": None, "norm": {"eps": 0, "layer_norm": False}}
+    header = {"format": "tide-routers-2", "num_layers": 4, "fingerprint": None, "norm": {"eps": 0, "layer_norm": False}}
     save_file({"router.1.down.weight": torch.ones(2, 2)}, path, {"tide": json.dumps(header)})
     with pytest.raises(RouterFileError, match="lacks a part"):
         RouterBank.load(path)

@@ -1,23 +1,31 @@
-"""Streaming statistics of hidden states: memory depends on the model, never on the number of texts.
+"""Streaming statistics of hidden states: memory depends on the model, never on the number of texts, and two of them
+can be added. What comes out does not depend on how the texts were shared out among processes.
 
 Shapes: T tokens, C checkpoints, H hidden.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
 class Gram:
     """Second moments of states X [T, H] and targets Y [T, H], for a ridge regression of Y on X."""
 
-    def __init__(self, hidden_dim: int, device: torch.device) -> None:
-        self.count = 0
+    def __init__(self, hidden_dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.xx = torch.zeros(hidden_dim, hidden_dim, dtype=torch.float64, device=device)
         self.xy = torch.zeros_like(self.xx)
         self.x = torch.zeros(hidden_dim, dtype=torch.float64, device=device)
         self.y = torch.zeros_like(self.x)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: getattr(self, n) for n in ("count", "xx", "xy", "x", "y")}
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in T more pairs of rows; products in fp32, sums in fp64."""
@@ -28,6 +36,11 @@ class Gram:
         self.x += x.sum(0)
         self.y += y.sum(0)
 
+    def covariance(self) -> Tensor:
+        """Of X: [H, H] fp64."""
+        n = self.count.clamp_min(1)
+        return self.xx / n - torch.outer(self.x / n, self.x / n)
+
     def ridge(self, strength: float) -> tuple[Tensor, Tensor]:
         """``(W [H, H], b [H])`` fp32 with Y ~ X W^T + b, shrunk towards the identity.
 
@@ -35,9 +48,9 @@ class Gram:
             strength: penalty on W - I, in units of the median variance of X (a few components of a residual stream
                 are a thousand times larger than the rest); b is not penalised.
         """
-        n = max(self.count, 1)
+        n = self.count.clamp_min(1)
         mean_x, mean_y = self.x / n, self.y / n
-        xx = self.xx / n - torch.outer(mean_x, mean_x)
+        xx = self.covariance()
         xy = self.xy / n - torch.outer(mean_x, mean_y)
         smallest = 1e-6 * self.xx.diagonal().mean() / n
         penalty = strength * torch.maximum(xx.diagonal().median(), smallest)
@@ -47,32 +60,83 @@ class Gram:
 
 
 class Reservoir:
-    """A uniform sample of a stream of tokens (Vitter's algorithm R), each with its states at all checkpoints.
+    """A uniform sample of a stream of tokens, each with its states at all checkpoints: every token draws a number, and
+    those with the least are kept. So samples of parts of the stream can be merged into the sample of the whole.
 
     Args:
         capacity: tokens kept. width: C + 1 states per token, the last one behind the last layer.
-        generator: source of randomness, on the CPU.
     """
 
-    def __init__(
-        self, capacity: int, width: int, hidden_dim: int, dtype: torch.dtype, generator: torch.Generator
-    ) -> None:
-        self.states = torch.empty(capacity, width, hidden_dim, dtype=dtype)
-        self.seen = 0
-        self.generator = generator
+    def __init__(self, capacity: int, width: int, hidden_dim: int, dtype: torch.dtype) -> None:
+        self.states = torch.zeros(capacity, width, hidden_dim, dtype=dtype)
+        self.keys = torch.full((capacity,), torch.inf, dtype=torch.float64)
+        self.seen = torch.zeros((), dtype=torch.long)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {n: getattr(self, n) for n in ("states", "keys", "seen")}
 
     def __len__(self) -> int:
-        return min(self.seen, len(self.states))
+        return int(self.keys.isfinite().sum())
 
-    def add(self, states: Tensor) -> None:
-        """Offer T tokens [T, C + 1, H]."""
-        capacity, order = len(self.states), torch.arange(self.seen, self.seen + len(states))
-        draw = (torch.rand(len(states), generator=self.generator, dtype=torch.float64) * (order + 1)).long()
-        slot = torch.where(order < capacity, order, draw)
-        kept = slot < capacity
-        self.states[slot[kept]] = states[kept.to(states.device)].to("cpu", self.states.dtype)
+    def add(self, states: Tensor, generator: torch.Generator) -> None:
+        """Offer T tokens [T, C + 1, H]; ``generator``, on the CPU, draws their numbers."""
+        self.merge(states, torch.rand(len(states), generator=generator, dtype=torch.float64))
         self.seen += len(states)
 
+    def merge(self, states: Tensor, keys: Tensor) -> None:
+        """Offer tokens that have drawn their numbers [T]."""
+        better = keys < self.keys.max()
+        if not better.any():
+            return
+        states, keys = states[better.to(states.device)], keys[better]
+        both = torch.cat([self.keys, keys])
+        kept = torch.zeros(len(both), dtype=torch.bool)
+        kept[both.topk(len(self.keys), largest=False).indices] = True
+        taken = kept[len(self.keys) :]
+        slots = (~kept[: len(self.keys)]).nonzero().squeeze(1)
+        self.keys[slots] = keys[taken]
+        self.states[slots] = states[taken.to(states.device)].to("cpu", self.states.dtype)
+
     def at(self, index: int) -> Tensor:
-        """States of the kept tokens at checkpoint ``index``: [T, H]; -1: behind the last layer."""
-        return self.states[: len(self), index]
+        """States of the kept tokens at checkpoint ``index``, in the order of their numbers: [T, H]; -1: behind the last
+        layer."""
+        return self.states[self.keys.argsort()[: len(self)], index]
+
+
+@dataclass(slots=True)
+class Collected:
+    """What the passes over the texts leave behind; ``grams`` is empty for identity exits."""
+
+    grams: list[Gram]
+    train: Reservoir
+    held_out: Reservoir
+    shards: int = 0
+    rows: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, by name; writing into these changes it."""
+        parts = {"train": self.train, "held_out": self.held_out} | {f"gram_{i}": g for i, g in enumerate(self.grams)}
+        return {f"{part}.{name}": t for part, owner in parts.items() for name, t in owner.tensors.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+    def merge_processes(self) -> None:
+        """Add up what the processes of ``torch.distributed`` have; afterwards each has all of it."""
+        for gram in self.grams:
+            for tensor in gram.tensors.values():
+                dist.all_reduce(tensor)
+        for reservoir in (self.train, self.held_out):
+            mine = {n: t.clone() for n, t in reservoir.tensors.items()}
+            for rank in range(dist.get_world_size()):
+                theirs = {n: t.clone() for n, t in mine.items()}
+                for tensor in theirs.values():
+                    dist.broadcast(tensor, rank)
+                if rank != dist.get_rank():
+                    reservoir.merge(theirs["states"], theirs["keys"])
+                    reservoir.seen += theirs["seen"]
+        rows = torch.tensor(self.rows)
+        dist.all_reduce(rows)
+        self.rows = int(rows)

@@ -10,7 +10,8 @@ from tide_compile.errors import ConfigError, UnknownOptionError
 from tide_compile.passes.plan import Settings
 
 _CHOICES = {
-    "exit_strategy": ("auto", "identity", "affine"),
+    "exit_strategy": ("auto", "identity", "affine", "low_rank"),
+    "router_kind": ("probe", "mlp"),
     "kv_cache_strategy": ("propagate", "zero_pad"),
     "calibration_label": ("agreement", "cosine"),
     "lowering": ("inductor", "eager"),
@@ -19,7 +20,10 @@ _CHOICES = {
 }
 _SHARES = ("convergence_threshold", "compaction_threshold", "exit_threshold")
 DEFAULT_THRESHOLD = 0.85
-_POSITIVE = ("min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim")
+_POSITIVE = (
+    "min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim", "projection_rank",
+    "probe_rank", "probe_vocabulary",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,8 @@ class TIDEConfig:
         min_layers: no token leaves before it has passed this many layers.
         checkpoint_interval: layers from one checkpoint to the next.
         exit_strategy: what an exited state goes through before the final norm: ``"identity"`` (nothing), ``"affine"``
-            (a learned map per checkpoint) or ``"auto"`` (affine when calibrating; what the routers were calibrated with
-            when running).
+            (a learned map per checkpoint), ``"low_rank"`` (the same, factored) or ``"auto"`` (affine when calibrating;
+            what the routers were calibrated with when running).
         kv_cache_strategy: what skipped layers keep for an exited token: ``"propagate"`` (K and V of its frozen state)
             or ``"zero_pad"`` (zeros, as the reference).
         compaction: whether segments leave out rows that have exited: ``"auto"`` (where the cost model says that it
@@ -44,7 +48,12 @@ class TIDEConfig:
         calibration_label: what a router learns: ``"agreement"`` (the exited state predicts the full model's token) or
             ``"cosine"`` (the reference's: similarity with the final state above ``convergence_threshold``).
         convergence_threshold: cosine above which the ``"cosine"`` label calls a token converged.
+        router_kind: ``"probe"`` (sees how sure the model would be, through a small vocabulary) or ``"mlp"`` (the
+            reference's, sees the state only).
         router_bottleneck_dim: width of the router's hidden layer.
+        probe_rank, probe_vocabulary: size of the probe's map, and number of tokens that it knows.
+        projection_rank: of ``"low_rank"`` projections.
+        distillation_steps: of 256 tokens, by which ``calibrate`` refines a projection; 0: ridge regression only.
         lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
             and that is logged.
@@ -61,7 +70,12 @@ class TIDEConfig:
     calibration_dataset: str = "wikitext"
     calibration_label: str = "agreement"
     convergence_threshold: float = 0.98
+    router_kind: str = "probe"
     router_bottleneck_dim: int = 128
+    probe_rank: int = 128
+    probe_vocabulary: int = 2048
+    projection_rank: int = 64
+    distillation_steps: int = 200
     lowering: str = "inductor"
     fallback: str | None = None
 
@@ -76,6 +90,10 @@ class TIDEConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a whole number of at least 1.")
+        if not isinstance(self.distillation_steps, int) or self.distillation_steps < 0:
+            raise ConfigError(
+                f"distillation_steps={self.distillation_steps!r} is not allowed: give a whole number of at least 0."
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: choose one of {list(choices)}.")

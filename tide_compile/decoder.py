@@ -66,7 +66,6 @@ class Decoder:
         fitted = None if self.norm is None else fit_norm_maybe(self.norm, self.hidden_dim, self.dtype, self.device)
         return fitted or Norm(torch.ones(self.hidden_dim))
 
-    @torch.no_grad()
     def logits(self, states: Tensor) -> Tensor:
         """What the model would say if its last layer had returned ``states`` [T, H]: final norm, head, and whatever
         else its forward does after the layers. Returns [T, V]."""

@@ -1,68 +1,172 @@
-"""Fitting: exit projections in closed form, routers by gradient descent on a bounded sample.
+"""fit: from what was gathered to a bank of exit projections and routers, with a table of how good they are.
 
-Shapes: T tokens, H hidden.
+Shapes: T tokens, C checkpoints, H hidden, V vocabulary, K probe vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from tide_compile.collect import Gram
-from tide_compile.routers import TokenRouter
+from tide_compile.collect import Collected, Reservoir
+from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
+from tide_compile.decoder import Decoder
+from tide_compile.kernels.route import normalise_reference
+from tide_compile.networks import ProbeRouter, Projection, TokenRouter
+from tide_compile.project import distil, factor, fit_affine, kl
+from tide_compile.routers import Norm, RouterBank
+from tide_compile.screen import screen
+from tide_compile.train import calibration_error, fit_probe, reliability, train_router
 
-_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-_PATIENCE = 10  # epochs without improvement on held-out tokens
+_ROWS = 256  # rows through the head at a time
+_JUDGED = 2048  # held-out tokens on which projections are compared
 
 
-def fit_projection(gram: Gram, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The affine map ``(W, b)`` from a checkpoint's state to the last one, by ridge regression.
+@torch.no_grad()
+def fit_bank(
+    decoder: Decoder, layers: tuple[int, ...], collected: Collected, config: TIDEConfig, seed: int, progress: bool
+) -> RouterBank:
+    """Projections and routers for the checkpoints after ``layers``.
 
-    The penalty is the one of four that does best on held-out ``states`` and ``targets`` [T, H]. As the translators of
-    Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", here in closed form.
+    Returns:
+        The bank. ``metadata["table"]`` has a row per checkpoint, on held-out tokens, ``metadata["reliability"]`` the
+        curve of its scores, ``metadata["screen"]`` what thresholds would lead to (``tide_compile.screen``).
     """
-    candidates = [gram.ridge(s) for s in _STRENGTHS]
-    x, y = states.float(), targets.float()
-    errors = [(nn.functional.linear(x, w.cpu(), b.cpu()) - y).pow(2).mean().item() for w, b in candidates]
-    weight, bias = candidates[min(range(len(errors)), key=errors.__getitem__)]
-    return weight.cpu(), bias.cpu()
+    norm = decoder.final_norm()
+    bank = RouterBank({}, norm, len(decoder.layers), metadata={"table": [], "reliability": {}})
+    train, held_out = collected.train, collected.held_out
+    full = {part: _predictions(decoder, part.at(-1)) for part in (train, held_out)}
+    frequent = _frequent(full[train], config.probe_vocabulary)
+    scores, correct = [], []
+    for index, layer in enumerate(tqdm(layers, "fit", unit="checkpoint", disable=not progress)):
+        projections = _projections(decoder, collected, index, config, seed)
+        projection = projections[config.exit_strategy if config.exit_strategy in projections else "affine"]
+        if projection is not None:
+            bank.projections[layer] = projection
+        project = projection or _identity
+        agreement = {part: (_predictions(decoder, project(part.at(index))) == full[part]).float() for part in full}
+        labels = agreement if config.calibration_label == "agreement" else _converged(full, index, config)
+        states = {part: _normed(part.at(index), norm) for part in full}
+        router = _router(decoder, config, states[train], train.at(-1), frequent, seed)
+        train_router(router, (states[train], labels[train]), (states[held_out], labels[held_out]), seed)
+        bank.routers[layer] = router
+        scores.append(router(states[held_out]))
+        correct.append(agreement[held_out])
+        curve = reliability(scores[-1], labels[held_out])
+        bank.metadata["reliability"][str(layer)] = curve
+        bank.metadata["table"].append(
+            {"layer": layer}
+            | _quality(decoder, projections, held_out, index)
+            | _row(scores[-1], labels[held_out], agreement[held_out], config)
+            | {"calibration error": round(calibration_error(curve), 3)}
+        )
+    bank.metadata["screen"] = screen(torch.stack(scores, 1), torch.stack(correct, 1), layers, len(decoder.layers))
+    return bank
 
 
-def train_router(
-    train: tuple[Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor],
-    bottleneck_dim: int,
-    seed: int,
-    epochs: int = 100,
+def _projections(
+    decoder: Decoder, collected: Collected, index: int, config: TIDEConfig, seed: int
+) -> dict[str, Projection | None]:
+    """By the names of ``exit_strategy``; identity is None."""
+    found: dict[str, Projection | None] = {"identity": None}
+    if not collected.grams:
+        return found
+    train, held_out = ((part.at(index), part.at(-1)) for part in (collected.train, collected.held_out))
+    gram = collected.grams[index]
+    affine = fit_affine(gram, *held_out)
+    found["affine"], found["low_rank"] = affine, factor(affine, gram, min(config.projection_rank, decoder.hidden_dim))
+    wanted = "affine" if config.exit_strategy == "auto" else config.exit_strategy
+    if config.distillation_steps and wanted in found:
+        found[wanted] = distil(
+            found[wanted], train, held_out, _head(decoder), config.distillation_steps, seed, decoder.device
+        )
+    return found
+
+
+def _head(decoder: Decoder) -> Callable[[Tensor], Tensor]:
+    """The model's head for distillation; in bfloat16 on CPUs, where fp32 takes several times as long."""
+
+    def head(states: Tensor) -> Tensor:
+        cast = decoder.device.type == "cpu" and decoder.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
+            return decoder.logits(states)
+
+    return head
+
+
+def _router(
+    decoder: Decoder, config: TIDEConfig, normed: Tensor, final: Tensor, frequent: Tensor, seed: int
 ) -> TokenRouter:
-    """Train a router by binary cross-entropy (no class weights, so that scores are probabilities).
-
-    Args:
-        train, held_out: normed states [T, H] fp32 and labels [T] in {0, 1}. The epoch with the lowest held-out loss
-            is kept; training stops when it has not improved for 10 epochs.
-        bottleneck_dim: width of the router.
-        seed: of initialisation and order.
-        epochs: at most this many passes.
-    """
-    states, labels = train
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        router = TokenRouter(states.shape[1], bottleneck_dim)
-        optimizer = torch.optim.AdamW(router.parameters(), lr=1e-3, weight_decay=1e-2)
-        best, best_state, stale = float("inf"), router.state_dict(), 0
-        for _ in range(epochs):
-            for batch in torch.randperm(len(states)).split(max(32, min(256, len(states) // 16))):
-                loss = nn.functional.binary_cross_entropy_with_logits(router.logits(states[batch]), labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            with torch.no_grad():
-                loss = nn.functional.binary_cross_entropy_with_logits(router.logits(held_out[0]), held_out[1]).item()
-            stale += 1
-            if loss < best:
-                best, stale = loss, 0
-                best_state = {n: t.clone() for n, t in router.state_dict().items()}
-            if stale == _PATIENCE:
-                break
-    router.load_state_dict(best_state)
-    return router.requires_grad_(False)
+        if config.router_kind == "mlp":
+            return TokenRouter(decoder.hidden_dim, config.router_bottleneck_dim)
+        logits = torch.cat(
+            [decoder.logits(f.to(decoder.device))[:, frequent].float().cpu() for f in final.split(_ROWS)]
+        )
+        rank = min(config.probe_rank, decoder.hidden_dim, len(frequent))
+        return ProbeRouter(decoder.hidden_dim, *fit_probe(normed, logits, rank, seed), config.router_bottleneck_dim)
+
+
+def _quality(
+    decoder: Decoder, projections: dict[str, Projection | None], part: Reservoir, index: int
+) -> dict[str, float]:
+    """Top-1 agreement, divergence in nats and cosine of each kind of projection, on held-out tokens."""
+    row: dict[str, float] = {}
+    states, targets = part.at(index)[:_JUDGED], part.at(-1)[:_JUDGED]
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in projections}
+    for x, y in zip(states.split(_ROWS), targets.split(_ROWS), strict=True):
+        wanted = decoder.logits(y.to(decoder.device)).float()
+        for name, projection in projections.items():
+            projected = (projection or _identity)(x)
+            logits = decoder.logits(projected.to(decoder.device)).float()
+            same = (logits.argmax(-1) == wanted.argmax(-1)).double().sum().cpu()
+            cosine = torch.nn.functional.cosine_similarity(projected, y.float(), dim=-1).double().sum()
+            sums[name] += torch.stack([same, kl(logits, wanted).double().cpu() * len(x), cosine])
+    for name, found in sums.items():
+        same, divergence, cosine = (found / len(states)).tolist()
+        row |= {f"{name} top-1": round(same, 3), f"{name} KL": round(divergence, 3), f"{name} cosine": round(cosine, 3)}
+    return row
+
+
+def _row(score: Tensor, label: Tensor, agreement: Tensor, config: TIDEConfig) -> dict[str, float | None]:
+    threshold = DEFAULT_THRESHOLD if config.exit_threshold is None else config.exit_threshold
+    leave = score > threshold
+    return {
+        "top-1 agreement": round(agreement.mean().item(), 3),
+        "label rate": round(label.mean().item(), 3),
+        f"exits at {threshold}": round(leave.float().mean().item(), 3),
+        "their agreement": round(agreement[leave].mean().item(), 3) if leave.any() else None,
+    }
+
+
+def _frequent(predictions: Tensor, count: int) -> Tensor:
+    """The ids that the full model predicts most often, at most ``count`` of those that it predicts at all."""
+    counts = predictions.bincount()
+    return counts.argsort(descending=True)[: min(count, int((counts > 0).sum()))]
+
+
+def _predictions(decoder: Decoder, states: Tensor) -> Tensor:
+    """The model's next token [T] for states [T, H] behind the last layer."""
+    return torch.cat([decoder.logits(rows.to(decoder.device)).argmax(-1).cpu() for rows in states.split(_ROWS)])
+
+
+def _converged(parts: dict[Reservoir, Tensor], index: int, config: TIDEConfig) -> dict[Reservoir, Tensor]:
+    """The reference's label: cosine with the final state above ``convergence_threshold``."""
+    cosine = {
+        part: torch.nn.functional.cosine_similarity(part.at(index).float(), part.at(-1).float(), dim=-1)
+        for part in parts
+    }
+    return {part: (c > config.convergence_threshold).float() for part, c in cosine.items()}
+
+
+def _normed(states: Tensor, norm: Norm) -> Tensor:
+    return normalise_reference(states, norm.weight, norm.bias, norm.eps, norm.layer_norm)
+
+
+def _identity(states: Tensor) -> Tensor:
+    return states.float()

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from tide_compile.config import TIDEConfig
 from tide_compile.decoder import Decoder, call_arguments, find_decoder, valid_tokens
+from tide_compile.kernels.probe import probe_reference
 from tide_compile.kernels.project import project_reference
 from tide_compile.kernels.route import route_reference
+from tide_compile.networks import PROBE
 from tide_compile.passes.place_checkpoints import checkpoint_layers
 from tide_compile.routers import RouterBank
 from tide_compile.stats import PADDING
@@ -61,14 +63,18 @@ class Reference:
     def decide(self, layer: int, hidden: Tensor) -> None:
         s = self.settings
         router = s.routers[layer]
+        norm = (s.norm_weight, s.norm_bias)
+        offset = None
+        if PROBE[0] in router:
+            offset = probe_reference(hidden, *norm, *(router[n] for n in PROBE), s.norm_eps, s.layer_norm)
         score, leave = route_reference(
-            hidden, self.valid & ~self.exited, s.norm_weight, s.norm_bias, router["down"], router["up"],
-            router["threshold"], s.norm_eps, s.layer_norm,
+            hidden, self.valid & ~self.exited, *norm, router["down"], router["up"],
+            router["threshold"], s.norm_eps, s.layer_norm, offset,
         )  # fmt: skip
         if s.projections is None:
             self.out = torch.where(leave.unsqueeze(-1), hidden, self.out)
         else:
-            self.out = project_reference(hidden, leave, self.out, *s.projections[layer])
+            self.out = project_reference(hidden, leave, self.out, **s.projections[layer])
         self.exited = self.exited | leave
         running = (self.valid & ~self.exited).any()  # padding runs as long as any token does
         self.frozen = self.exited if running else torch.ones_like(self.exited)

@@ -16,30 +16,11 @@ from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
 from tide_compile.errors import ConfigError, NoRouterError, RouterFileError
 from tide_compile.files import write_tensors
 from tide_compile.fingerprint import fingerprint
+from tide_compile.networks import Projection, TokenRouter
 from tide_compile.passes.plan import Settings
 
-FORMAT = "tide-routers-1"
-
-
-class TokenRouter(nn.Module):
-    """The router of tide-inference 0.2.1: ``sigmoid(up(silu(down(x))))`` on the normed state.
-
-    Args:
-        hidden_dim: H. bottleneck_dim: D.
-    """
-
-    def __init__(self, hidden_dim: int, bottleneck_dim: int = 128) -> None:
-        super().__init__()
-        self.down = nn.Linear(hidden_dim, bottleneck_dim, bias=False)
-        self.up = nn.Linear(bottleneck_dim, 1, bias=False)
-
-    def logits(self, normed: Tensor) -> Tensor:
-        """[..., H] fp32 -> [...] before the sigmoid."""
-        return self.up(nn.functional.silu(self.down(normed))).squeeze(-1)
-
-    def forward(self, normed: Tensor) -> Tensor:
-        """[..., H] fp32 -> [...] in 0..1."""
-        return torch.sigmoid(self.logits(normed))
+FORMAT = "tide-routers-2"
+_IN_MODEL_DTYPE = ("first", "second", "second_bias")
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +47,7 @@ class RouterBank:
         thresholds: layer -> the score above which a token leaves there, chosen with the routers; layers that are not
             named are no checkpoints then. Empty: nothing was chosen. They are used where the config gives no
             ``exit_threshold``.
-        projections: layer -> (weight [H, H], bias [H]) for ``exit_strategy="affine"``; empty for identity.
+        projections: layer -> what an exited state goes through; empty for identity.
         num_layers: layers of the model.
         fingerprint: of the model's weights; None accepts any model of that size.
         metadata: JSON-able facts: config, data, the calibration's table.
@@ -75,7 +56,7 @@ class RouterBank:
     routers: dict[int, TokenRouter]
     norm: Norm
     num_layers: int
-    projections: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    projections: dict[int, Projection] = field(default_factory=dict)
     fingerprint: str | None = None
     thresholds: dict[int, float] = field(default_factory=dict)
     metadata: dict[str, object] = field(default_factory=dict)
@@ -87,7 +68,9 @@ class RouterBank:
 
     @property
     def exit_strategy(self) -> str:
-        return "affine" if self.projections else "identity"
+        if not self.projections:
+            return "identity"
+        return "affine" if any(len(p) < 3 or p[2] is None for p in self.projections.values()) else "low_rank"
 
     @property
     def hidden_dim(self) -> int:
@@ -143,15 +126,16 @@ class RouterBank:
     def settings(self, config: TIDEConfig, device: torch.device, dtype: torch.dtype) -> Settings:
         """The bank's tensors on ``device``, with a config, as the settings that the passes take.
 
-        ``dtype`` is the model's: projections are multiplied in it. Routers stay in fp32.
+        ``dtype`` is the model's: projections and the probe's map are multiplied in it. The rest of a router stays in
+        fp32.
 
         Raises:
             ConfigError: the config asks for projections that the bank does not have.
         """
-        if config.exit_strategy == "affine" and not self.projections:
+        if config.exit_strategy not in ("auto", "identity", self.exit_strategy):
             raise ConfigError(
-                "exit_strategy='affine' needs projections and these routers have none: calibrate with "
-                "exit_strategy='affine'."
+                f"exit_strategy={config.exit_strategy!r} needs projections of this kind, and these routers have "
+                f"{self.exit_strategy!r}: calibrate with exit_strategy={config.exit_strategy!r}."
             )
         if not self.routers:
             raise NoRouterError(
@@ -169,7 +153,10 @@ class RouterBank:
             routers={
                 layer: {
                     "threshold": torch.tensor(threshold, dtype=torch.float32, device=device),
-                    **{n.split(".")[0]: t.detach().to(device) for n, t in self.routers[layer].state_dict().items()},
+                    **{
+                        n: t.to(device, dtype if n in _IN_MODEL_DTYPE else None)
+                        for n, t in self.routers[layer].tensors.items()
+                    },
                 }
                 for layer, threshold in thresholds.items()
             },
@@ -177,7 +164,10 @@ class RouterBank:
             norm_bias=None if self.norm.bias is None else self.norm.bias.to(device),
             norm_eps=self.norm.eps,
             layer_norm=self.norm.layer_norm,
-            projections={n: (w.to(device, dtype), b.to(device, dtype)) for n, (w, b) in self.projections.items()}
+            projections={
+                layer: {n: t.to(device, dtype) for n, t in Projection(*projection).tensors.items()}
+                for layer, projection in self.projections.items()
+            }
             if affine
             else None,
             expected_layers=self.num_layers,
@@ -199,9 +189,9 @@ class RouterBank:
         if self.norm.bias is not None:
             tensors["norm.bias"] = self.norm.bias
         for layer, router in self.routers.items():
-            tensors |= {f"router.{layer}.{n}": t.detach() for n, t in router.state_dict().items()}
-        for layer, (weight, bias) in self.projections.items():
-            tensors |= {f"projection.{layer}.weight": weight, f"projection.{layer}.bias": bias}
+            tensors |= {f"router.{layer}.{n}": t for n, t in router.tensors.items()}
+        for layer, projection in self.projections.items():
+            tensors |= {f"projection.{layer}.{n}": t for n, t in Projection(*projection).tensors.items()}
         header = {
             "format": FORMAT,
             "num_layers": self.num_layers,
@@ -253,16 +243,13 @@ class RouterBank:
 
     @classmethod
     def _from_tensors(cls, tensors: dict[str, Tensor], header: dict) -> RouterBank:
-        routers, projections = {}, {}
-        for name in tensors:
+        parts: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
             kind, *rest = name.split(".")
-            if kind == "router" and rest[1] == "down":
-                layer = int(rest[0])
-                down, up = tensors[name], tensors[f"router.{layer}.up.weight"]
-                routers[layer] = TokenRouter(down.shape[1], down.shape[0])
-                routers[layer].load_state_dict({"down.weight": down, "up.weight": up})
-            elif kind == "projection" and rest[1] == "weight":
-                projections[int(rest[0])] = (tensors[name], tensors[f"projection.{rest[0]}.bias"])
+            if kind in ("router", "projection"):
+                parts.setdefault((kind, int(rest[0])), {})[rest[1]] = tensor
+        routers = {n: TokenRouter.from_tensors(found) for (kind, n), found in parts.items() if kind == "router"}
+        projections = {n: Projection(**found) for (kind, n), found in parts.items() if kind == "projection"}
         norm = Norm(tensors["norm.weight"], tensors.get("norm.bias"), **header["norm"])
         known = ("format", "num_layers", "fingerprint", "norm", "thresholds")
         thresholds = {int(layer): value for layer, value in header.get("thresholds", {}).items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from tide_compile.errors import CalibrationDataError
 
 _SHORTEST = 100  # characters; the reference's limit below which a sample is a headline or empty
+_LONGEST_LINE = 200  # characters of a line of wrapped text
 _NAMED = {"wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1")}
 _ALTERNATIVES = (
     "Give a data set that is reachable, the path of a .txt or .jsonl file, a list of strings, or 'pydoc' (texts that "
@@ -60,13 +61,26 @@ def _pydoc() -> Iterator[str]:
 
 
 def _local(path: Path) -> Iterator[str]:
+    if path.suffix not in (".jsonl", ".json"):
+        return _paragraphs(path)
     from datasets import load_dataset
 
-    if path.suffix in (".jsonl", ".json"):
-        rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
-    else:
-        rows = load_dataset("text", data_files=str(path), split="train", streaming=True, sample_by="paragraph")
-    return _long_enough(rows)
+    return _long_enough(load_dataset("json", data_files=str(path), split="train", streaming=True))
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """What stands between blank lines (of spaces, in WikiText), and each line that is too long to be part of a wrapped
+    text."""
+    lines: list[str] = []
+    with path.open(encoding="utf-8") as file:
+        for line in itertools.chain(file, [""]):
+            if line.strip() and len(line) <= _LONGEST_LINE:
+                lines.append(line)
+                continue
+            for text in ("".join(lines).strip(), line.strip()):
+                if len(text) > _SHORTEST:
+                    yield text
+            lines = []
 
 
 def _hub(name: str) -> Iterator[str]:

@@ -1,0 +1,175 @@
+"""certify: thresholds with a promise, "on new prompts, at most this share of the tokens is another than the model's".
+
+Angelopoulos, Bates, Candes, Jordan and Lei (2021), "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk
+Control": each candidate is a hypothesis "its risk is above the bound", candidates are tested from the most careful one
+on until one is not rejected (fixed sequence, which controls the family-wise error), and the last rejected one is used.
+The unit is a prompt, its loss the share of generated tokens that disagree; prompts have to be exchangeable with those
+to come.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from scipy.stats import binom
+from torch import nn
+
+from tide_compile.agreement import measure_agreement
+from tide_compile.config import TIDEConfig
+from tide_compile.errors import ConfigError
+from tide_compile.routers import RouterBank
+from tide_compile.screen import prices_for, thresholds_at
+
+log = logging.getLogger("tide_compile")
+
+_PARTS = (0.1, 0.25, 0.4, 0.55, 0.75)  # of the bound: what candidates promise at first sight
+
+
+def p_value(loss: float, prompts: int, bound: float) -> float:
+    """Of the hypothesis that the expected loss is above ``bound``, by Hoeffding and Bentkus (Bates et al. 2021,
+    "Distribution-Free, Risk-Controlling Prediction Sets").
+
+    Args:
+        loss: mean over prompts of losses in 0..1. prompts: their number. bound: in 0..1.
+    """
+    seen = min(loss, bound)
+    divergence = (1 - seen) * math.log((1 - seen) / (1 - bound))
+    if seen > 0:
+        divergence += seen * math.log(seen / bound)
+    hoeffding = math.exp(-prompts * divergence)
+    bentkus = math.e * binom.cdf(math.ceil(prompts * loss - 1e-9), prompts, bound)
+    return min(1.0, hoeffding, float(bentkus))
+
+
+def prompts_needed(bound: float, confidence: float) -> int:
+    """The least number of prompts with which a bound can be certified: if no token disagrees."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - bound) - 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A candidate that was tested: ``loss`` and ``layers_saved`` as measured, the p-value, whether it is certified."""
+
+    thresholds: dict[int, float]
+    loss: float
+    layers_saved: float
+    p_value: float
+    certified: bool
+
+
+def certify_in_sequence(
+    candidates: Sequence[dict[int, float]],
+    measure: Callable[[dict[int, float]], tuple[float, float]],
+    prompts: int,
+    bound: float,
+    confidence: float,
+) -> list[Trial]:
+    """Test candidates, the most careful first, up to the first that cannot be certified.
+
+    Args:
+        candidates: layer -> threshold. measure: (loss, layers saved) of a candidate, on ``prompts`` prompts that had no
+            part in choosing the candidates.
+        bound: on the expected loss, 0..1. confidence: that the certified candidates keep it.
+
+    Returns:
+        The trials in order; all but perhaps the last are certified.
+
+    Raises:
+        ConfigError: ``bound`` or ``confidence`` is not between 0 and 1, or so few prompts cannot certify the bound.
+    """
+    check_promise(bound, confidence, prompts)
+    trials = []
+    for thresholds in candidates:
+        loss, saved = measure(thresholds)
+        value = p_value(loss, prompts, bound)
+        trials.append(Trial(thresholds, loss, saved, value, value <= 1 - confidence))
+        if not trials[-1].certified:
+            break
+    return trials
+
+
+def check_promise(bound: float, confidence: float, prompts: int) -> None:
+    """Raises ConfigError; see ``certify_in_sequence``."""
+    for name, value in (("max_disagreement", bound), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name}={value!r} is not allowed: give a number above 0 and below 1.")
+    needed = prompts_needed(bound, confidence)
+    if prompts < needed:
+        raise ConfigError(
+            f"{prompts} prompts cannot certify a disagreement of at most {bound:.2%} with confidence {confidence:.0%}: "
+            f"{needed} are needed if not one token disagrees, and more if some do. Give more calibration texts or "
+            "another bound."
+        )
+
+
+def certify(
+    model: nn.Module,
+    bank: RouterBank,
+    prompts: Sequence[Sequence[int]],
+    max_disagreement: float,
+    confidence: float = 0.95,
+    *,
+    config: TIDEConfig | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, object]:
+    """Choose a bank's thresholds with a promise: on prompts like these, the expected share of generated tokens on
+    which the output differs from the full model's choice after the same prefix is at most ``max_disagreement``.
+
+    Candidates come from the calibration's ``screen``; each is measured on generations of its own (greedy, by the eager
+    reference). Sets ``bank.thresholds`` and ``bank.metadata["certificate"]``; where nothing can be certified, all
+    thresholds are 1: TIDE is off.
+
+    Args:
+        model: uncompiled. prompts: token ids, not used in calibration. confidence: that the promise holds.
+        config: only its ``kv_cache_strategy`` and ``exit_strategy`` matter.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ConfigError: too few prompts, or no ``screen`` in the bank.
+    """
+    check_promise(max_disagreement, confidence, len(prompts))
+    if not bank.metadata.get("screen"):
+        raise ConfigError("these routers have no record of their scores: calibrate again to certify them.")
+    config = replace(config or TIDEConfig(), exit_threshold=None)
+    prices = prices_for(bank.metadata["screen"], [part * max_disagreement for part in _PARTS])
+    candidates = [thresholds_at(price, bank.layers, bank.num_layers) for price in prices]
+
+    def measure(thresholds: dict[int, float]) -> tuple[float, float]:
+        trial = replace(bank, thresholds=thresholds)
+        outcome = measure_agreement(
+            model, trial, config, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        )
+        log.info("%s: disagreement %.4f, layers saved %.3f", thresholds, outcome.disagreement, outcome.layers_saved)
+        return outcome.disagreement, outcome.layers_saved
+
+    trials = certify_in_sequence(candidates, measure, len(prompts), max_disagreement, confidence)
+    chosen = next((trial for trial in reversed(trials) if trial.certified), None)
+    if chosen is None:
+        log.warning("no thresholds keep a disagreement of %s, so TIDE is off for these routers", max_disagreement)
+    bank.thresholds = dict.fromkeys(bank.layers, 1.0) if chosen is None else chosen.thresholds
+    digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
+    bank.metadata["certificate"] = {
+        "bound": max_disagreement,
+        "confidence": confidence,
+        "prompts": len(prompts),
+        "new tokens": max_new_tokens,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": digest[:16],
+        "measured": None if chosen is None else round(chosen.loss, 5),
+        "layers saved": 0.0 if chosen is None else round(chosen.layers_saved, 4),
+        "trials": [
+            {"disagreement": round(t.loss, 5), "layers saved": round(t.layers_saved, 4), "p": round(t.p_value, 6)}
+            for t in trials
+        ],
+    }
+    return bank.metadata["certificate"]
