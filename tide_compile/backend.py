@@ -75,7 +75,7 @@ def tide_backend(
 
 
 def settings_of(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
-    """The settings for a graph with these inputs: the config, and the routers of the model whose parameters they hold."""
+    """The settings for a graph with these inputs: the config, and the routers of the model that they belong to."""
     if config.exit_threshold == 1:
         return config.settings()
     parameters = [x for x in example_inputs if isinstance(x, torch.nn.Parameter)]

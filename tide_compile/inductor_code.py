@@ -6,8 +6,10 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _files: ContextVar[list[str] | None] = ContextVar("tide_inductor_files", default=None)
 
@@ -38,3 +40,8 @@ def _install() -> None:
 
     noting._tide = True
     PyCodeCache.load_by_key_path = noting
+
+
+def code_cache() -> Path:
+    """The folder in which Inductor keeps its code."""
+    return Path(cache_dir())

@@ -44,8 +44,8 @@ class TokenTrace:
     """Layers and scores of the tokens of one ``generate``.
 
     A token of the prompt has the layer and score of the pass that read it. A generated token has those of the pass
-    that chose it, which read the token before; so the last token of the prompt and the first generated one share theirs.
-    Tensors stay where the model put them until something is asked.
+    that chose it, which read the token before; so the last token of the prompt and the first generated one share
+    theirs. Tensors stay where the model put them until something is asked.
 
     Attributes:
         ids: [B, T] int64. layers: [B, T] int64, -1 for padding. scores: [B, T] fp32, NaN where no router was asked.
