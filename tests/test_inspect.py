@@ -7,13 +7,13 @@ import networkx as nx
 import pydot
 import pytest
 import torch
+from tide_compile.passes.fx_tools import value_of
 
 import tide_compile
 from tests.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError, UnknownOptionError
 from tide_compile.graph_dump import INDEX
-from tide_compile.passes.fx_tools import value_of
 
 IDS, MASK = prompt(2)
 STRAIGHT = ["prologue", "segment_0", "segment_1", "segment_2", "segment_3", "epilogue"]
@@ -88,7 +88,7 @@ def _same(ours, theirs):
 
 def test_index_plan_and_charts(model, bank, tmp_path):
     """Catches an index that forgets a file, and charts that a drawing program would not read."""
-    options = {"router": bank, "dump": tmp_path, **SETTINGS}
+    options = {"router": bank, "dump": tmp_path, "compaction": "never", **SETTINGS}
     with torch.no_grad():
         torch.compile(model, backend="tide", options=options)(IDS, attention_mask=MASK)
     folder = tmp_path / "graph_00"
@@ -113,7 +113,7 @@ def test_a_refused_graph_says_why(tmp_path):
 
 def test_wrong_folders_and_nothing_compiled(model, bank, tmp_path, caplog):
     """Catches a dump that is silently empty, or written somewhere else."""
-    compiled = torch.compile(model, backend="tide", options={"router": bank, **SETTINGS})
+    compiled = torch.compile(model, backend="tide", options={"router": bank, "compaction": "never", **SETTINGS})
     with torch.no_grad():
         compiled(IDS)
         with caplog.at_level(logging.WARNING, "tide_compile"), tide_compile.dump(tmp_path / "dump"):

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from tide_compile.errors import ConfigError
 from tide_compile.kernels.cards import DTYPES
 
+_NOT_LOADED = (OSError, ValueError)  # nothing is there; something is, but no model
+
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     """The model with its weights. ``name``: a hub name, a folder or a GGUF file (dequantised).
@@ -21,7 +23,7 @@ def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     where, extra = source_of(name)
     try:
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).eval()
-    except OSError as error:
+    except _NOT_LOADED as error:
         raise ConfigError(f"no model could be loaded from {name!r}: {error}") from error
 
 
@@ -34,7 +36,7 @@ def load_skeleton(name: str, dtype: torch.dtype) -> nn.Module:
     where, extra = source_of(name)
     try:
         config = AutoConfig.from_pretrained(where, **extra)
-    except OSError as error:
+    except _NOT_LOADED as error:
         raise ConfigError(f"no config could be loaded from {name!r}: {error}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -68,5 +70,5 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     where, extra = source_of(name)
     try:
         return AutoTokenizer.from_pretrained(where, **extra)
-    except (OSError, ValueError) as error:
+    except _NOT_LOADED as error:
         raise ConfigError(f"no tokenizer could be loaded from {name!r}: {error}") from error

@@ -58,7 +58,7 @@ def run_benchmark(name: str, arguments: Sequence[str], as_json: bool) -> int:
         raise ConfigError(f"bench.{name} writes no JSON: leave --json out.")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "result"
-        done = subprocess.run([*command, "--json", str(target)], cwd=root, stdout=sys.stderr)
+        done = subprocess.run([*command, "--json", str(target)], cwd=root, stdout=2)
         results = {p.name.removeprefix("result").lstrip(".") or name: json.loads(p.read_text())
                    for p in sorted(Path(folder).iterdir())}  # fmt: skip
     print_json(results)
