@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule
-from torch.fx.graph_module import _format_import_block
+from torch.fx.graph_module import _format_import_statement
 from torch.package import sys_importer
+from torch.package.importer import ObjMismatchError, ObjNotFoundError
 
 from tide_compile.passes.fx_tools import value_of
 from tide_compile.passes.plan import Piece, Program
@@ -127,7 +128,11 @@ def _imports(gm: GraphModule) -> Iterator[str]:
     """Of what the code of a graph and of those inside it names."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
-            yield from _format_import_block(module.graph.python_code("self").globals, sys_importer).splitlines()
+            for name, value in module.graph.python_code("self").globals.items():
+                try:
+                    yield _format_import_statement(name, value, sys_importer)
+                except (ObjNotFoundError, ObjMismatchError):
+                    yield f"{name} = None  # {value!r} has no name that can be imported"
             calls = (n.target for n in module.graph.nodes if n.op == "call_function")
             homes = {getattr(target, "__module__", None) or "" for target in calls}
             yield from (f"import {home}" for home in sorted(homes) if home.startswith("torch.") and home in sys.modules)
