@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import set_seed
 from typer.testing import CliRunner
 
 import tide_compile
@@ -74,30 +75,27 @@ def test_generate(folder, router, tmp_path):
     assert made["exits"]["exits_per_layer"] == {str(i): counted.count(i) for i in (0, 1) if i in counted}
     done = call(*common, "--stream")
     assert done.stdout.split() == want.split() and "Exited" in done.stderr
-    off = record("generate", folder, "--prompt", "w5 w6 w7", "--threshold", 1, "--max-new-tokens", 6)
-    assert off["exits"]["exit_rate"] == 0
 
 
 def test_batch_chat_and_sampling(folder, monkeypatch):
-    """A batch padded on the left, a template when asked for, and sampling that a seed repeats: as the stock model."""
-    common = ["generate", folder, "--threshold", 1, "--max-new-tokens", 4]
-    assert record(*common, "--prompt", "w5 w6 w7 w8", "--prompt", "w9 w10")["texts"] == [
-        stock(folder, "w5 w6 w7 w8"),
-        stock(folder, "w9 w10"),
-    ]
-    drawn = [record(*common, "--prompt", "w9 w10", "--temperature", 5, "--seed", s)["texts"] for s in (1, 1)]
-    assert drawn[0] == drawn[1] != [stock(folder, "w9 w10")]
-    assert "no chat template" in call(*common, "--prompt", "w5", "--chat", code=1).stderr
+    """A batch padded on the left, the chat template when asked for, and sampling from a seed: as the stock model."""
+    common = ["generate", folder, "--threshold", 1, "--max-new-tokens", 4, "--prompt", "w5 w6"]
+    assert "no chat template" in call(*common, "--chat", code=1).stderr
     tokenizer = words()
     tokenizer.chat_template = CHAT
     monkeypatch.setattr("tide_compile.commands.generate.load_tokenizer", lambda _: tokenizer)
-    assert record(*common, "--prompt", "w5", "--chat")["texts"] == [stock(folder, "w9 w5 w10")]
+    both = record(*common, "--prompt", "w7", "--chat")
+    assert both["texts"] == [stock(folder, "w9 w5 w6 w10"), stock(folder, "w9 w7 w10")]
+    assert both["exits"]["exit_rate"] == 0
+    drawn = record(*common, "--temperature", 5, "--seed", 3)["texts"]
+    assert drawn == [stock(folder, "w5 w6", do_sample=True, temperature=5.0)] != [stock(folder, "w5 w6")]
 
 
-def stock(folder, text):
+def stock(folder, text, **sampling):
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     inputs = tokenizer(text, return_tensors="pt")
-    out = model.generate(inputs["input_ids"], **{**GENERATE, "max_new_tokens": 4})
+    set_seed(3)
+    out = model.generate(inputs["input_ids"], **{**GENERATE, "max_new_tokens": 4, **sampling})
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
 
 
@@ -136,7 +134,7 @@ def test_calibrate(deep, tmp_path):
 
 
 def test_doctor(deep, folder, router, monkeypatch):
-    """What is there, and what would happen to a model: with and without routers, and where it is refused."""
+    """What is there, and what would happen to a model: with and without routers."""
     found = record("doctor", deep)
     assert found["versions"]["torch"] == torch.__version__ and found["devices"][0]["device"] == "cpu"
     assert not found["model"]["routers"] and found["model"]["checkpoints"] == [7]
@@ -144,7 +142,6 @@ def test_doctor(deep, folder, router, monkeypatch):
     bank = RouterBank.load(router)
     monkeypatch.setattr("tide_compile.commands.doctor.find_bank_maybe", lambda *_: bank)
     assert "exits after layers 0, 1" in call("doctor", folder).stdout
-    assert "it is refused: CheckpointError" in call("doctor", deep).stdout  # routers for another number of layers
     monkeypatch.setattr("tide_compile.commands.doctor.shutil.which", lambda _: None)
     done = call("doctor", code=1)
     assert re.search(r"problem: no C\+\+ compiler.*Install g\+\+", done.stdout)

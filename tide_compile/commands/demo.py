@@ -75,9 +75,11 @@ def run_demo(
         )  # fmt: skip
         return
     screen = console()
-    screen.print(f"calibrated on {samples} texts of Python's documentation in {calibration:.0f} s\n\n{PROMPT}\n")
+    screen.print(
+        f"calibrated on {samples} texts of Python's documentation in {calibration:.0f} s\n\n{PROMPT}\n", soft_wrap=True
+    )
     for contender in ("tide", "eager"):
-        screen.print(f"{contender}: {measured[contender]['text']}\n", markup=False)
+        screen.print(f"{contender}: {measured[contender]['text']}\n", markup=False, soft_wrap=True)
     screen.print(engine.last_stats.summary(), markup=False)
     title = f"{Path(path).name}, float32, batch 1, {rounds} x {tokens} tokens, exit threshold {threshold}"
     table = Table("", "ms per token, mean", "median", "quartiles", "mean to inductor", "compile s", title=title)

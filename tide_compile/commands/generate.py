@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def generate_text(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     started = time.perf_counter()
-    with working("generating (the first time, this compiles)"):
+    with nullcontext() if stream else working("generating (the first time, this compiles)"):
         ids = engine.generate(
             **inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer, tokenizer=tokenizer,
             pad_token_id=tokenizer.pad_token_id, trace=html is not None or as_json,
@@ -48,7 +49,7 @@ def generate_text(
         )  # fmt: skip
         return
     for text in () if stream else texts:
-        console().print(text, markup=False)
+        console().print(text, markup=False, soft_wrap=True)
     notes().print(engine.last_stats.summary(), style="dim", markup=False)
     if html is not None:
         notes().print(f"token depth view: {html}", style="dim", markup=False)

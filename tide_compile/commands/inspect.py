@@ -134,5 +134,7 @@ class _ByPart(BaseStreamer):
 def _grid(facts: dict[str, object], title: str | None = None) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in facts.items():
+        if isinstance(value, dict):
+            value = [f"{n}: {v}" for n, v in value.items()]
         table.add_row(name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     return table
