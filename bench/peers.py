@@ -22,9 +22,10 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
-from bench.models import SMOLLM2, load_model, smollm2_file
+from bench.models import SMOLLM2, load_model
 from bench.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
+from tide_compile.commands.demo_model import demo_model_file
 
 CONTEXT, CACHE, TOKENS, PIECE = 64, 256, 32, 4
 
@@ -107,7 +108,7 @@ def llama_cpp(dtype: torch.dtype, ids: torch.Tensor, folder: str) -> Contender:
     from llama_cpp import Llama
 
     path = str(Path(folder) / "model.gguf")
-    write_gguf(smollm2_file(), path, dtype)
+    write_gguf(demo_model_file(), path, dtype)
     arguments = {"n_ctx": CACHE, "n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
     prompt_model, llama = (Llama(path, **arguments, n_batch=512, verbose=False) for _ in range(2))
     state = {"length": CACHE}

@@ -46,9 +46,12 @@ class LowerAttention(CustomGraphPass):
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None) -> Tensor:
-    """softmax(q k^T + mask) v of q [B, heads, 1, D], k and v [B, heads, L, D] and an additive mask, [1, L] or [B, heads
-    or 1, 1, L], in fp32; returned in the dtype of q."""
+    """softmax(q k^T + mask) v of q [B, heads, 1, D], k and v [B, heads or groups of them, L, D] and an additive mask,
+    [1, L] or [B, heads or 1, 1, L], in fp32; returned in the dtype of q."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if key.shape[1] != query.shape[1]:  # each key serves a group of queries
+        sizes = (-1, -1, query.shape[1] // key.shape[1], -1, -1)
+        key, value = (x.unsqueeze(2).expand(sizes).flatten(1, 2) for x in (key, value))
     scores = (query.float() * scale * key.float()).sum(-1)  # [B, heads, L]
     if mask is not None:
         scores = scores + mask.float()[..., 0, :]

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tide_compile.passes.lower_attention import LowerAttention
+from tide_compile.passes.lower_attention import LowerAttention, attend_one
 from tide_compile.passes.lower_linears import Linear, LowerLinears, find_linears, part_size
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -146,6 +146,13 @@ def test_attention_of_one_query(masked, dtype):
     for got, want in zip(run(query, key, value), function(query, key, value), strict=True):
         assert_close(got, want)
     assert spy.count[FLASH] == 1
+
+
+def test_attention_of_one_query_with_grouped_keys():
+    """As a prompt of one token has it without a cache. Catches keys given to the wrong heads of queries."""
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    want = scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert_close(attend_one(query, key, value, scale=None), want)
 
 
 @pytest.mark.parametrize("outs", [1, 7, 50257])

@@ -113,9 +113,10 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_has_every_module_and_the_licence_and_nothing_else(wheel):
-    """Catches: a subpackage missing from `packages`; tests/, bench/ or a top-level `kernels` packaged."""
+    """Catches: a subpackage or the templates missing; tests/, bench/ or a top-level `kernels` packaged."""
     copy, packed = wheel.parent / "checkout", zipfile.ZipFile(wheel).namelist()
-    sources = {p.relative_to(copy).as_posix() for name in FOLDERS for p in (copy / name).rglob("*.py")}
+    kinds = ("*.py", "*.html")
+    sources = {p.relative_to(copy).as_posix() for name in FOLDERS for k in kinds for p in (copy / name).rglob(k)}
     expected = {n if n.startswith("tide_compile/") else f"tide_compile/{n}" for n in sources}
     assert {n for n in packed if ".dist-info/" not in n} == expected
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in packed)

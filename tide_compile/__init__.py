@@ -14,11 +14,14 @@ from tide_compile.calibrate import calibrate  # noqa: E402  (needs __path__)
 from tide_compile.config import TIDEConfig  # noqa: E402
 from tide_compile.engine import TIDE  # noqa: E402
 from tide_compile.executor import exit_threshold  # noqa: E402
+from tide_compile.graph_dump import dump  # noqa: E402
+from tide_compile.inspect import explain  # noqa: E402
 from tide_compile.reference import eager_reference  # noqa: E402
 from tide_compile.registry import attach  # noqa: E402
 from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
 from tide_compile.stats import ExitStats, record_exits  # noqa: E402
 from tide_compile.times import record_times  # noqa: E402
+from tide_compile.trace import TokenTrace  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,10 +30,13 @@ __all__ = [
     "RouterBank",
     "TIDEConfig",
     "TokenRouter",
+    "TokenTrace",
     "attach",
     "calibrate",
+    "dump",
     "eager_reference",
     "exit_threshold",
+    "explain",
     "record_exits",
     "record_times",
 ]

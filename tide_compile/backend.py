@@ -13,12 +13,13 @@ from tide_compile import generate_guard
 from tide_compile.compaction import Compaction
 from tide_compile.compiled import compile_whole
 from tide_compile.config import TIDEConfig
-from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError
+from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError, TideError
 from tide_compile.executor import Executor
 from tide_compile.lowering import lower
 from tide_compile.passes.plan import Settings
-from tide_compile.passes.run import PassEvent, run
+from tide_compile.passes.run import run
 from tide_compile.registry import find_bank, version_of
+from tide_compile.watch import Watch
 
 log = logging.getLogger("tide_compile")
 generate_guard.install()
@@ -36,7 +37,8 @@ def tide_backend(
     Args:
         gm: the graph. example_inputs: its inputs; parameters are the model's own objects.
         mode: Inductor's mode; torch.compile takes either ``mode`` or ``options``, so it is an option as well.
-        options: ``router`` (a path or a ``RouterBank``), ``mode``, and the fields of ``TIDEConfig``.
+        options: ``router`` (a path or a ``RouterBank``), ``mode``, ``dump`` (a folder, see ``tide_compile.dump``), and
+            the fields of ``TIDEConfig``.
 
     Raises:
         TideError: one of the named errors of ``tide_compile.errors``. With ``options={"fallback": "inductor"}`` graphs
@@ -44,37 +46,38 @@ def tide_backend(
     """
     options = dict(options or {})
     router, mode = options.pop("router", None), options.pop("mode", mode)
+    dump = options.pop("dump", None)
     config = TIDEConfig.from_options(options)
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise GradEnabledError(
             "the model was traced with gradients enabled, and exits are for inference only. Call it under "
             "torch.no_grad() or torch.inference_mode()."
         )
-    settings_for = functools.partial(_settings, config, router)
+    settings_for = functools.partial(settings_of, config, router)
+    watch = Watch(dump)
     try:
-        program, plan = run(gm, functools.partial(settings_for, example_inputs), _log_event)
-    except NothingToSkipError:
+        program, plan = run(gm, functools.partial(settings_for, example_inputs), watch)
+    except NothingToSkipError as error:
+        watch.failed(error)
         log.warning("a graph of %d nodes without decoder layers is compiled as it is", len(gm.graph.nodes))
         return gm if config.lowering == "eager" else compile_whole(gm, example_inputs, mode)
-    except GraphError as error:
-        if config.fallback is None:
+    except TideError as error:
+        watch.failed(error)
+        if not isinstance(error, GraphError) or config.fallback is None:
             raise
         log.warning("TIDE is off for this graph, plain Inductor is used: %s", error)
         return compile_whole(gm, example_inputs, mode)
-    runnables = lower(program, config.lowering, mode)
-    log.info("%d layers, exits after layers %s", len(plan.layers), list(plan.checkpoints) or "none")
+    watch.planned(program, plan)
+    runnables = lower(program, config.lowering, mode, watch.compiled if watch.dumps else None)
     version = functools.partial(version_of, router)
     policy = Compaction(program, plan, config)
     return Executor(program, plan, runnables, policy, example_inputs, settings_for, version)
 
 
-def _settings(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
+def settings_of(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
+    """The settings for a graph with these inputs: the config, and the routers of the model that they belong to."""
     if config.exit_threshold == 1:
         return config.settings()
     parameters = [x for x in example_inputs if isinstance(x, torch.nn.Parameter)]
     floating = next(p for p in parameters if p.is_floating_point())
     return find_bank(router, parameters).settings(config, floating.device, floating.dtype)
-
-
-def _log_event(event: PassEvent) -> None:
-    log.debug("%s", event)

@@ -7,18 +7,135 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from tide_compile.commands.options import Debug, Dtype, Json, Model, Page, Router, Threshold
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")]
 
 
 @app.callback()
 def tide() -> None:
     """Decoder layers that a token does not need are not run."""
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Hub name, folder or GGUF file; default: a small one.")] = None,
+    samples: Annotated[int, typer.Option(min=5, help="Calibration texts.")] = 30,
+    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Exit threshold.")] = 0.85,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens to generate.")] = 40,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each contender generates.")] = 3,
+    router: Annotated[Path | None, typer.Option(help="Router file to write; default: a temporary one.")] = None,
+    html: Page = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Calibrate a real model, generate with it, and compare with eager and stock Inductor (some minutes)."""
+    with one_line_errors(debug):
+        from tide_compile.commands.demo import run_demo
+
+        run_demo(model, samples=samples, threshold=threshold, tokens=tokens, rounds=rounds, router=router, html=html,
+                 as_json=json)  # fmt: skip
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Data set, .txt or .jsonl file, or pydoc; default wikitext.")] = None,
+    samples: Annotated[int | None, typer.Option(min=5, help="Texts; default 2000.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Router file to write; default: in the router cache.")] = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make routers for a model, once."""
+    with one_line_errors(debug):
+        from tide_compile.commands.calibrate import calibrate_model
+
+        settings = {"calibration_dataset": data, "calibration_samples": samples}
+        calibrate_model(model, save, dtype=dtype, as_json=json, settings=settings)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; give it again for a batch.")],
+    router: Router = None,
+    threshold: Threshold = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; else sampling.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Dtype = "fp32",
+    html: Page = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text with exits."""
+    if stream and (json or len(prompt) > 1):
+        raise typer.BadParameter("--stream prints the text of one prompt: leave --json and other prompts out.")
+    with one_line_errors(debug):
+        from tide_compile.commands.generate import generate_text
+
+        generate_text(model, prompt, router=router, threshold=threshold, max_new_tokens=max_new_tokens, chat=chat,
+                      temperature=temperature, seed=seed, dtype=dtype, stream=stream, html=html,
+                      as_json=json)  # fmt: skip
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(metavar="MODEL|ROUTER", help="A model, or a router file.")],
+    router: Router = None,
+    threshold: Threshold = None,
+    prompt: Annotated[str, typer.Option(help="Text whose graph is looked at.")] = "The tide goes out twice a day.",
+    dump: Annotated[Path | None, typer.Option(help="Compile, and write everything to this folder.")] = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell what the compiler does with a model, or what a router file holds."""
+    with one_line_errors(debug):
+        from tide_compile.commands.inspect import inspect_path
+
+        inspect_path(what, router=router, threshold=threshold, prompt=prompt, dtype=dtype, folder=dump, as_json=json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which; without one, they are listed.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a benchmark of a checkout; further options are its own (`tide bench decode --rounds 5`)."""
+    with one_line_errors(debug):
+        from tide_compile.commands.bench import list_benchmarks, run_benchmark
+
+        if name is None:
+            list_benchmarks(json)
+        elif code := run_benchmark(name, context.args, json):
+            raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Tell what would happen to this model, and why.")] = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look at versions, devices, caches and routers. The exit code is 1 if something keeps models from compiling."""
+    with one_line_errors(debug):
+        from tide_compile.commands.doctor import examine
+
+        if not examine(model, dtype, json):
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -30,7 +147,7 @@ def kernels(
     bottleneck: Annotated[int, typer.Option(help="Width of a router.")] = 128,
     rank: Annotated[int, typer.Option(help="Rank of low-rank exit projections.")] = 64,
     every: Annotated[bool, typer.Option("--every", help="All configurations that tuning tries.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Build every Triton kernel for every GPU, without a GPU, and tell what came out.
@@ -55,7 +172,7 @@ def plan(
     context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache; default 1024.")] = None,
     depth: Annotated[list[int] | None, typer.Option(help="Layers before an exit; default a third, two thirds.")] = None,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of tokens that leave there.")] = 0.4,
-    json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Tell what exits would bring on a device that need not be there.
@@ -71,20 +188,19 @@ def plan(
 
 @app.command()
 def warmup(
-    model: Annotated[str, typer.Argument(help="Hub name, folder or GGUF file.")],
-    router: Annotated[str | None, typer.Option(help="Router file; default: from the router cache.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "bf16",
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Exit threshold; 1 needs no routers.")] = 0.85,
+    model: Model,
+    router: Router = None,
+    dtype: Dtype = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    threshold: Threshold = None,
+    json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compile for a model now, so that the next process finds the code in the caches."""
     with one_line_errors(debug):
-        from tide_compile import TIDE, TIDEConfig
-        from tide_compile.loading import find_dtype, load_model
+        from tide_compile.commands.warmup import warm_up
 
-        engine = TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
-        Console().print(f"compiled for batches of {batch} in {engine.warmup(batch):.1f} s")
+        warm_up(model, router, threshold, dtype, batch, json)
 
 
 @contextmanager

@@ -109,10 +109,10 @@ class TIDEConfig:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(str(name), [*known, "router", "mode"], n=1)
+                near = difflib.get_close_matches(str(name), [*known, "router", "mode", "dump"], n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise UnknownOptionError(
-                    f"unknown option {name!r}.{hint} Known options: {', '.join(['router', 'mode', *known])}."
+                    f"unknown option {name!r}.{hint} Known options: {', '.join(['router', 'mode', 'dump', *known])}."
                 )
         return replace(base or cls(), **options)
 

@@ -16,6 +16,7 @@ from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
+from tide_compile.trace import TokenTrace
 
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
 _SMALLEST_CACHE = 256  # tokens; below that a longer cache costs nothing measurable and saves a recompilation
@@ -35,6 +36,7 @@ class TIDE:
     Attributes:
         model: a twin of the model that shares its weights and runs compiled: hand this one to ``pipeline``.
         last_stats: exits of the latest call or ``generate``.
+        last_trace: layer and score of every token of the latest ``generate``, if that had ``trace=True``.
 
     Raises:
         NoRouterError, RouterMismatchError, RouterFileError: about the routers.
@@ -70,6 +72,7 @@ class TIDE:
         self._recorded: set[str] = set()  # outputs that have been asked for before
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
+        self.last_trace: TokenTrace | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
@@ -82,6 +85,7 @@ class TIDE:
 
         Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) and returns what it returns.
         ``temperature=0`` means greedy, as in the reference. Calls from several threads run one after the other.
+        ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
@@ -114,13 +118,24 @@ class TIDE:
 
         return calibrate(*args, **kwargs)
 
-    def _generate(self, *args: object, **kwargs: object) -> object:
+    def _generate(self, *args: object, trace: bool = False, **kwargs: object) -> object:
         """``generate`` of the twin: one call at a time, because there is one cache."""
-        with self._lock, record_exits() as self.last_stats:
+        if trace:
+            generation = kwargs.get("generation_config") or self.model.generation_config
+            TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
+        with self._lock, record_exits(per_token=trace) as self.last_stats:
             result = type(self.model).generate(self.model, *args, **kwargs)
             if not isinstance(result, Tensor):
                 self._cache = None  # the caller has got it, in the result
+            self.last_trace = self._trace(result, args, kwargs) if trace else None
         return result
+
+    def _trace(self, result: object, args: tuple, kwargs: dict[str, object]) -> TokenTrace | None:
+        given = [*(args[:1] or ()), kwargs.get("input_ids"), kwargs.get("inputs")]
+        prompt = next((ids for ids in given if ids is not None), None)
+        ids = result if isinstance(result, Tensor) else result.sequences
+        length = 0 if prompt is None else prompt.shape[1]
+        return TokenTrace.of(self.last_stats, ids, length, kwargs.get("tokenizer"))
 
     def _forward(self, *args: object, **kwargs: object) -> object:
         wanted = {n for n, value in kwargs.items() if n.startswith("output_") and value}

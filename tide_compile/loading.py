@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tide_compile.errors import ConfigError
 from tide_compile.kernels.cards import DTYPES
+
+_NOT_LOADED = (OSError, ValueError)  # nothing is there; something is, but no model
 
 
 def load_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -21,7 +23,7 @@ def load_model(name: str, dtype: torch.dtype) -> nn.Module:
     where, extra = source_of(name)
     try:
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **extra).eval()
-    except OSError as error:
+    except _NOT_LOADED as error:
         raise ConfigError(f"no model could be loaded from {name!r}: {error}") from error
 
 
@@ -34,7 +36,7 @@ def load_skeleton(name: str, dtype: torch.dtype) -> nn.Module:
     where, extra = source_of(name)
     try:
         config = AutoConfig.from_pretrained(where, **extra)
-    except OSError as error:
+    except _NOT_LOADED as error:
         raise ConfigError(f"no config could be loaded from {name!r}: {error}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -48,6 +50,25 @@ def find_dtype(name: str) -> torch.dtype:
 
 
 def source_of(name: str) -> tuple[str | Path, dict[str, str]]:
-    """What ``from_pretrained`` takes for a name: where, and further arguments."""
+    """What ``from_pretrained`` takes for a name: where, and further arguments.
+
+    Raises:
+        ConfigError: the name is that of a file or folder that is not there.
+    """
     path = Path(name)
+    if not path.exists() and (path.suffix == ".gguf" or path.is_absolute() or name.startswith(".")):
+        raise ConfigError(f"there is no model at {name!r}: give a hub name, a folder or a GGUF file.")
     return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model of that name (see ``load_model``).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    where, extra = source_of(name)
+    try:
+        return AutoTokenizer.from_pretrained(where, **extra)
+    except _NOT_LOADED as error:
+        raise ConfigError(f"no tokenizer could be loaded from {name!r}: {error}") from error

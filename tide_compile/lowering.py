@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
 from tide_compile.compiled import Lazy, Runnable, compile_piece
+from tide_compile.inductor_code import note_code_files
 from tide_compile.passes.fx_tools import structure_key
 from tide_compile.passes.lower_attention import LowerAttention
 from tide_compile.passes.lower_linears import Form, Linear, LowerLinears, find_linears
@@ -17,7 +19,12 @@ from tide_compile.tuning import fastest_forms
 log = logging.getLogger("tide_compile")
 
 
-def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str, Runnable]:
+def lower(
+    program: Program,
+    lowering: str,
+    mode: str | None = None,
+    compiled_to: Callable[[str, list[str]], None] | None = None,
+) -> dict[str, Runnable]:
     """Compile a program's pieces.
 
     Layers repeat, so most pieces have twins: graphs that are equal but for names. Weights and caches are inputs, so
@@ -28,6 +35,7 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
         program: what ``passes.run`` returned. Its graphs are consumed.
         lowering: ``"inductor"``, or ``"eager"`` to interpret the graphs.
         mode: Inductor's mode (``"reduce-overhead"``, ``"max-autotune"``), or None.
+        compiled_to: is told the name of each distinct piece and the files of its code, when it has been compiled.
 
     Returns:
         The callable of each piece, by name.
@@ -45,7 +53,10 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
         key = keys[name]
         if key not in compiled:
             patch = (plain if name.endswith(".compact") else patches) | _linears(piece, forms)
-            compiled[key] = Lazy(piece, patch) if _is_later(name) else compile_piece(piece, patch)
+            with note_code_files() as files:
+                compiled[key] = Lazy(piece, patch) if _is_later(name) else compile_piece(piece, patch)
+            if compiled_to is not None:
+                compiled[key] = _telling(name, compiled[key], files, compiled_to)
         runnables[name] = compiled[key]
     log.info(
         "compiled %d distinct of %d pieces in %.1f s",
@@ -54,6 +65,26 @@ def lower(program: Program, lowering: str, mode: str | None = None) -> dict[str,
         time.perf_counter() - started,
     )
     return runnables
+
+
+def _telling(name: str, run: Runnable, files: list[str], compiled_to: Callable[[str, list[str]], None]) -> Runnable:
+    """``run``, which tells its files: now, or where nothing is compiled yet, after its first run."""
+    if not isinstance(run, Lazy):
+        compiled_to(name, files)
+        return run
+    told = False
+
+    def first(*arguments: object) -> tuple:
+        nonlocal told
+        if told:
+            return run(*arguments)
+        with note_code_files() as files:
+            result = run(*arguments)
+        told = True
+        compiled_to(name, files)
+        return result
+
+    return first
 
 
 def _is_later(name: str) -> bool:

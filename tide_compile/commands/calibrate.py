@@ -1,0 +1,48 @@
+"""``tide calibrate``: routers for a model, from the command line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+from tide_compile.calibrate import calibrate
+from tide_compile.commands.output import console, print_json, working
+from tide_compile.config import TIDEConfig
+from tide_compile.files import router_cache
+from tide_compile.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.routers import RouterBank
+
+
+def calibrate_model(name: str, save: Path | None, *, dtype: str, as_json: bool, settings: dict[str, object]) -> None:
+    """Calibrate and show the table. ``settings``: fields of ``TIDEConfig``; None means its default."""
+    config = TIDEConfig(**{n: value for n, value in settings.items() if value is not None})
+    with working(f"loading {name}"):
+        model, tokenizer = load_model(name, find_dtype(dtype)), load_tokenizer(name)
+    started = time.perf_counter()
+    bank = calibrate(model, tokenizer, config, save_path=save, progress=not as_json)
+    seconds = time.perf_counter() - started
+    path = save or router_cache() / f"{bank.fingerprint}.safetensors"
+    if as_json:
+        print_json({"model": name, "router": path, "seconds": seconds, "num_layers": bank.num_layers, **bank.metadata})
+        return
+    console().print(checkpoint_table(bank))
+    console().print(f"routers for {name} in {path}, made in {seconds:.0f} s", markup=False, soft_wrap=True)
+
+
+def checkpoint_table(bank: RouterBank) -> Table:
+    """What calibration measured at each checkpoint, and the threshold that was chosen, if one was."""
+    rows = {row["layer"]: row for row in bank.metadata.get("table", []) if "layer" in row}
+    names = list(dict.fromkeys(n for row in rows.values() for n in row if n != "layer"))
+    table = Table("layer", *([] if not bank.thresholds else ["threshold"]), *names, title="checkpoints")
+    for layer in bank.layers:
+        chosen = (
+            [] if not bank.thresholds else [f"{bank.thresholds[layer]:.4g}" if layer in bank.thresholds else "none"]
+        )
+        table.add_row(str(layer), *chosen, *(_cell(rows.get(layer, {}).get(n)) for n in names))
+    return table
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
