@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.models import VOCABULARY, tiny
+from tests.models import CONFIGS, VOCABULARY
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
@@ -26,10 +26,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE)
 
 
-def save_tiny(folder: Path) -> Path:
-    """Write the model ``rmsnorm-rope-gqa`` and its tokenizer."""
-    model = tiny("rmsnorm-rope-gqa")
-    tokenizer = byte_tokenizer()
+def save_tiny(folder: Path, layers: int) -> Path:
+    """Write a random model and its tokenizer."""
+    config, tokenizer = CONFIGS["rmsnorm-rope-gqa"](), byte_tokenizer()
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
