@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer in a folder, as ``from_pretrained`` wants it."""
+"""A tiny model with a tokenizer: as an engine, and in a folder, as ``from_pretrained`` wants it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.models import CONFIGS, VOCABULARY
+from tests.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, VOCABULARY, tiny
+from tide_compile import TIDE, RouterBank, TIDEConfig
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
@@ -24,6 +25,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>", chat_template=TEMPLATE)
+
+
+def tiny_engine() -> TIDE:
+    """Some tokens leave early; replies end at the tokenizer's end token."""
+    model = tiny("rmsnorm-rope-gqa")
+    model.generation_config.eos_token_id = byte_tokenizer().eos_token_id
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    return TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))
 
 
 def save_tiny(folder: Path, layers: int) -> Path:

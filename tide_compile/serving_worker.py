@@ -168,10 +168,8 @@ class Worker:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tide-generate")
         self._seconds = 1.0  # of a job, lately
-        ends = engine.model.generation_config.eos_token_id
-        self._ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        pads = (engine.model.generation_config.pad_token_id, tokenizer.pad_token_id, *self._ends)
-        self._fixed = {"pad_token_id": next((p for p in pads if p is not None), 0), "num_beams": 1}
+        pads = (engine.model.generation_config.pad_token_id, tokenizer.pad_token_id, 0)
+        self._fixed = {"pad_token_id": next(p for p in pads if p is not None), "num_beams": 1}
 
     @property
     def unfinished(self) -> int:
@@ -199,7 +197,9 @@ class Worker:
 
     def close(self) -> None:
         """Give all jobs up and wait for the thread to end."""
-        for job in list(self._jobs):
+        with self._lock:
+            jobs = list(self._jobs)
+        for job in jobs:
             job.give_up()
         self._pool.shutdown(cancel_futures=True)
 
@@ -221,8 +221,9 @@ class Worker:
                 **job.sampling,
             )
         job.send(job.text.finish())
-        ended = job.text.stopped or job.text.tokens[-1] in self._ends
-        job.finish_reason = "stop" if ended else "length"
+        ends = self._engine.model.generation_config.eos_token_id
+        ended = job.text.tokens[-1] in (ends if isinstance(ends, list) else [ends])
+        job.finish_reason = "stop" if ended or job.text.stopped else "length"
         self._seconds += (time.perf_counter() - started - self._seconds) / 4
 
     def _ended(self, job: Job) -> None:
