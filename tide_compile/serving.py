@@ -62,7 +62,7 @@ def build_app(
     if total_tokens < 8 or waiting < 0 or max_bytes < 1:
         raise ConfigError(f"{total_tokens=}, {waiting=}, {max_bytes=}: give at least 8, 0 and 1.")
     positions = getattr(engine.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    total_tokens = min(total_tokens, positions or total_tokens)
+    total_tokens = min(total_tokens, positions or total_tokens)  # of a model without a limit: None
     service = _Service(engine, tokenizer, name, waiting, total_tokens)
 
     @asynccontextmanager
@@ -116,7 +116,7 @@ class _Service:
     ) -> None:
         self.name, self.created = name, int(time.time())
         self._tokenizer, self._total_tokens = tokenizer, total_tokens
-        self._vocabulary = engine.model.get_input_embeddings().num_embeddings
+        self._vocabulary = engine.model.config.get_text_config(decoder=True).vocab_size
         self._has_exits = engine.config.exit_threshold != 1
         self.worker = Worker(engine, tokenizer, waiting, self._count)
         self.registry = CollectorRegistry()
@@ -172,8 +172,9 @@ class _Service:
         return Response(await reply.whole(), media_type="application/json")
 
     def refuse(self, error: ApiError) -> JSONResponse:
-        """The reply that is an error; also counts it."""
-        self._requests.labels("refused" if error.status < 500 else "failed").inc()
+        """The reply that is an error. Those of requests that reached the worker are counted there."""
+        if error.status < 500:
+            self._requests.labels("refused").inc()
         return JSONResponse(error.body(), error.status, error.headers)
 
     def _check(self, body: GenerationRequest, prompt: list[int], wanted: int | None) -> None:
