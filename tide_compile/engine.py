@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 from tide_compile.config import TIDEConfig
+from tide_compile.engine_stats import EngineStats, Totals
 from tide_compile.executor import rehearsal
 from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
@@ -37,6 +40,7 @@ class TIDE:
         model: a twin of the model that shares its weights and runs compiled: hand this one to ``pipeline``.
         last_stats: exits of the latest call or ``generate``.
         last_trace: layer and score of every token of the latest ``generate``, if that had ``trace=True``.
+        stats: exits of all of them so far (``EngineStats``), as a copy that later calls do not change.
 
     Raises:
         NoRouterError, RouterMismatchError, RouterFileError: about the routers.
@@ -73,11 +77,16 @@ class TIDE:
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
         self.last_trace: TokenTrace | None = None
+        self._totals = Totals()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._totals.read()
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         """Logits [B, S, V] of token ids [B, S]; further arguments go to the model's forward."""
-        with record_exits() as self.last_stats:
+        with self._counted():
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
 
     def generate(self, input_ids: Tensor | None = None, **kwargs: object) -> object:
@@ -123,7 +132,7 @@ class TIDE:
         if trace:
             generation = kwargs.get("generation_config") or self.model.generation_config
             TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
-        with self._lock, record_exits(per_token=trace) as self.last_stats:
+        with self._lock, self._counted(per_token=trace):
             result = type(self.model).generate(self.model, *args, **kwargs)
             if not isinstance(result, Tensor):
                 self._cache = None  # the caller has got it, in the result
@@ -136,6 +145,17 @@ class TIDE:
         ids = result if isinstance(result, Tensor) else result.sequences
         length = 0 if prompt is None else prompt.shape[1]
         return TokenTrace.of(self.last_stats, ids, length, kwargs.get("tokenizer"))
+
+    @contextmanager
+    def _counted(self, per_token: bool = False) -> Iterator[None]:
+        """The exits of the block become ``last_stats`` and part of ``stats``, also when it ends in an error."""
+        started = time.perf_counter()
+        with record_exits(per_token=per_token) as stats:
+            self.last_stats = stats
+            try:
+                yield
+            finally:
+                self._totals.add(stats, time.perf_counter() - started)
 
     def _forward(self, *args: object, **kwargs: object) -> object:
         wanted = {n for n, value in kwargs.items() if n.startswith("output_") and value}

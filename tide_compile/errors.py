@@ -42,6 +42,10 @@ class CalibrationDataError(TideError):
     """The calibration text cannot be had."""
 
 
+class MissingExtraError(TideError):
+    """A package that an optional part needs is not installed."""
+
+
 __all__ = [
     "BoundaryNotUniqueError",
     "CalibrationDataError",
@@ -52,6 +56,7 @@ __all__ = [
     "KVNotFoundError",
     "LayersNotFoundError",
     "LayersSplitError",
+    "MissingExtraError",
     "NoRouterError",
     "NothingToSkipError",
     "PaddingError",

@@ -31,8 +31,8 @@ _rehearsing: ContextVar[bool] = ContextVar("tide_rehearsing", default=False)
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
-    """Inside, every call also runs the pieces that it does not need, which compiles them. What it writes into a cache
-    is of no use."""
+    """Inside, every call also runs the pieces that it does not need, which compiles them, and records
+    no exits. What it writes into a cache is of no use."""
     token = _rehearsing.set(True)
     try:
         yield
@@ -205,6 +205,7 @@ class Executor:
         self._epilogue(env)
         if _rehearsing.get():
             self._rehearse(env)
+            recorders = ()
         for recorder in recorders:
             recorder.add(len(self.plan.layers), exits, valid if remaining is None else remaining)
             if recorder.per_token:
