@@ -24,7 +24,7 @@ from tide_compile.files import write_tensors
 
 log = logging.getLogger("tide_compile")
 
-_TOKENS = 32_768  # kept for training routers and projections, a quarter as many for judging them
+_TOKENS = 20_480  # kept for training routers and projections, a quarter as many for judging them
 _BYTES = 1 << 30  # and at most this much memory for both
 
 

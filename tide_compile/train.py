@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tide_compile.networks import TokenRouter
 
 _PATIENCE = 5  # epochs without improvement on held-out tokens
-_EPOCHS = 60
+_EPOCHS = 30
 _PROBE_STEPS = 1000  # of 512 tokens
 _BINS = 10  # of the reliability curve
 
