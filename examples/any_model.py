@@ -1,7 +1,7 @@
 """Any model: nothing is written for a model family; see what is found in one, and what its routers learn.
 
     python examples/any_model.py openai-community/gpt2
-    python examples/any_model.py EleutherAI/pythia-160m --interval 3
+    python examples/any_model.py EleutherAI/pythia-160m --interval 3 --router pythia.safetensors
 
 A model that cannot be served is an error that says why (``docs/families.md`` lists the families).
 """
@@ -22,6 +22,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Hub name or folder.")] = "openai-community/gpt2",
     tokens: Annotated[int, typer.Option(help="New tokens at most, per prompt.")] = 32,
     threshold: Annotated[float | None, typer.Option(help="Exit threshold; default: the routers' own.")] = None,
+    router: Annotated[str, typer.Option(help="File that the routers are written to.")] = "any_model.safetensors",
     interval: Annotated[int, typer.Option(help="Layers between checkpoints.")] = 4,
     texts: Annotated[str, typer.Option(help="To calibrate on: a data set, a .txt or .jsonl file, pydoc.")] = "wikitext",
     samples: Annotated[int, typer.Option(help="Texts to calibrate on.")] = 100,
@@ -35,10 +36,10 @@ def main(
     )
 
     config = TIDE.TIDEConfig(exit_threshold=threshold, checkpoint_interval=interval, min_layers=interval)
-    bank = TIDE.calibrate(llm, tokenizer, config, dataset=texts, num_samples=samples)
+    bank = TIDE.calibrate(llm, tokenizer, config, save_path=router, dataset=texts, num_samples=samples)
     print(tabulate(bank.metadata["table"], "keys"))
 
-    engine = TIDE.TIDE(llm, bank, config)
+    engine = TIDE.TIDE(llm, router, config)
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
         output = engine.generate(**inputs, max_new_tokens=tokens, do_sample=False)

@@ -19,7 +19,8 @@ from tide_compile.lowering import lower
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RUN = [
     ("quickstart.py", ["--threshold", "0"], ["Exited: 3[0-9] \\(100.0%\\)", "Layer 7"]),
-    ("any_model.py", ["--interval", "3", "--threshold", "0.3"], ["9 layers at model.layers", "Calls: 3"]),
+    ("any_model.py", ["--interval", "3", "--threshold", "0.3", "--router", "{}/any.safetensors"],
+     ["9 layers at model.layers", "Calls: 3"]),
     ("tune_threshold.py", ["--thresholds", "0"], ["\n1.0 +0% +0% +100.0%", "\n0.0 +100% +[1-9]"]),
     ("huggingface_pipeline.py", ["--threshold", "0"], ["--- a batch", "100% of [0-9]+ tokens left early"]),
 ]  # fmt: skip
@@ -46,7 +47,7 @@ def test_example(folder, name, arguments, expected, monkeypatch, capsys):
     """From the command line to what it prints. Catches an example that has fallen behind the package."""
     monkeypatch.setattr(backend, "lower", lambda program, lowering, mode: lower(program, "eager", mode))
     common = [str(folder), "--texts", str(folder / "texts.txt"), "--samples", "10", "--tokens", "4"]
-    monkeypatch.setattr(sys, "argv", [name, *common, *arguments])
+    monkeypatch.setattr(sys, "argv", [name, *common, *(a.format(folder) for a in arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     printed = capsys.readouterr().out
@@ -60,9 +61,10 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {name for name, *_ in RUN} | {"serve.py"}
 
 
-def test_serve(folder):
+def test_serve(tmp_path):
     """As a process, compiled, on loopback: a request, its metrics, and an end by SIGTERM with exit code 0 or by the
     signal. Catches a server that does not start, listens on other addresses, or cannot be stopped."""
+    folder = save_tiny(tmp_path, layers=2)  # it is compiled
     command = [sys.executable, EXAMPLES / "serve.py", folder, "--threshold", "1", "--dtype", "fp32", "--port", "0"]
     command += ["--total-tokens", "64", "--name", "tiny"]
     process = subprocess.Popen(

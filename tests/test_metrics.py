@@ -1,6 +1,7 @@
 """Cumulative statistics of an engine, and their Prometheus form."""
 
 import threading
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -128,14 +129,15 @@ def test_read_while_others_count(engine):
             tokens = found["tide_tokens_total",]
             if exits + found["tide_full_depth_tokens_total",] != tokens or tokens != one * found["tide_calls_total",]:
                 wrong.append(found)
+            time.sleep(0.001)  # the others need the interpreter too
 
     reader = threading.Thread(target=read)
     reader.start()
-    writers = [threading.Thread(target=lambda: engine.generate(ids, **GENERATE)) for _ in range(12)]
+    writers = [threading.Thread(target=lambda: engine.generate(ids, **GENERATE)) for _ in range(8)]
     for thread in writers:
         thread.start()
     for thread in writers:
         thread.join()
     done.set()
     reader.join()
-    assert not wrong and engine.stats.calls == 13
+    assert not wrong and engine.stats.calls == 9
