@@ -46,9 +46,15 @@ def demo(
 @app.command()
 def calibrate(
     model: Model,
-    data: Annotated[str | None, typer.Option(help="Data set, .txt or .jsonl file, or pydoc; default wikitext.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set, .txt or .jsonl file, pydoc, self; A+B.")] = None,
     samples: Annotated[int | None, typer.Option(min=5, help="Texts; default 2000.")] = None,
     save: Annotated[Path | None, typer.Option(help="Router file to write; default: in the router cache.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put texts into the model's chat template.")] = False,
+    max_disagreement: Annotated[
+        float | None, typer.Option(help="Choose thresholds that promise at most this share of other tokens.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.95,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to measure it on.")] = 500,
     dtype: Dtype = "fp32",
     json: Json = False,
     debug: Debug = False,
@@ -58,7 +64,8 @@ def calibrate(
         from tide_compile.commands.calibrate import calibrate_model
 
         settings = {"calibration_dataset": data, "calibration_samples": samples}
-        calibrate_model(model, save, dtype=dtype, as_json=json, settings=settings)
+        calibrate_model(model, save, dtype=dtype, as_json=json, settings=settings, chat=chat,
+                        max_disagreement=max_disagreement, confidence=confidence, num_prompts=prompts)  # fmt: skip
 
 
 @app.command()

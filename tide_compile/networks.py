@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tide_compile.kernels.probe import FEATURES, read_probe
+from tide_compile.kernels.probe import FEATURES, probe_features, read_probe
 
 PROBE = ("first", "second", "second_bias", "inner", "inner_bias", "outer")  # tensors, in the order of tide::probe
 
@@ -78,6 +78,25 @@ class ProbeRouter(TokenRouter):
         self.inner = nn.Parameter(torch.randn(bottleneck_dim // 4, FEATURES) / FEATURES**0.5)
         self.inner_bias = nn.Parameter(torch.zeros(bottleneck_dim // 4))
         self.outer = nn.Parameter(torch.randn(1, bottleneck_dim // 4) / bottleneck_dim**0.5)
+        self.register_buffer("mean", torch.zeros(FEATURES), persistent=False)
+        self.register_buffer("deviation", torch.ones(FEATURES), persistent=False)
+
+    @torch.no_grad()
+    def standardise_(self, normed: Tensor) -> None:
+        """Learn on features scaled by what they are for these states [T, H]; only training sees a difference."""
+        logits = (normed @ self.first.T) @ self.second.T + self.second_bias
+        features = probe_features(logits)
+        self.mean, self.deviation = features.mean(0), features.std(0).clamp_min(1e-3)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors | {n: t.detach() for n, t in self._reading().items()}
+
+    def _reading(self) -> dict[str, Tensor]:
+        """The probe's tensors, with the scaling of features in them."""
+        inner = self.inner / self.deviation
+        folded = {"inner": inner, "inner_bias": self.inner_bias - inner @ self.mean}
+        return {n: folded.get(n, getattr(self, n)) for n in PROBE}
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
@@ -86,7 +105,7 @@ class ProbeRouter(TokenRouter):
 
     def logits(self, normed: Tensor) -> Tensor:
         """[..., H] fp32 -> [...] before the sigmoid."""
-        return super().logits(normed) + read_probe(normed, *(getattr(self, n) for n in PROBE))
+        return super().logits(normed) + read_probe(normed, *self._reading().values())
 
 
 class Projection(NamedTuple):

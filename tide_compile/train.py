@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tide_compile.networks import TokenRouter
+from tide_compile.networks import ProbeRouter, TokenRouter
 
 _PATIENCE = 5  # epochs without improvement on held-out tokens
 _EPOCHS = 30
@@ -33,6 +33,8 @@ def train_router(
     """
     states, labels = train
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(router, ProbeRouter):
+        router.standardise_(states)
     router.requires_grad_(True)
     optimizer = torch.optim.AdamW(router.parameters(), lr=1e-3, weight_decay=1e-2)
     best, best_state, stale = float("inf"), None, 0

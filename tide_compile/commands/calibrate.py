@@ -15,20 +15,36 @@ from tide_compile.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.routers import RouterBank
 
 
-def calibrate_model(name: str, save: Path | None, *, dtype: str, as_json: bool, settings: dict[str, object]) -> None:
-    """Calibrate and show the table. ``settings``: fields of ``TIDEConfig``; None means its default."""
+def calibrate_model(
+    name: str, save: Path | None, *, dtype: str, as_json: bool, settings: dict[str, object], **arguments: object
+) -> None:
+    """Calibrate and show the table. ``settings``: fields of ``TIDEConfig``; None means its default. ``arguments``: of
+    ``calibrate``."""
     config = TIDEConfig(**{n: value for n, value in settings.items() if value is not None})
     with working(f"loading {name}"):
         model, tokenizer = load_model(name, find_dtype(dtype)), load_tokenizer(name)
     started = time.perf_counter()
-    bank = calibrate(model, tokenizer, config, save_path=save, progress=not as_json)
+    bank = calibrate(model, tokenizer, config, save_path=save, progress=not as_json, **arguments)
     seconds = time.perf_counter() - started
     path = save or router_cache() / f"{bank.fingerprint}.safetensors"
     if as_json:
         print_json({"model": name, "router": path, "seconds": seconds, "num_layers": bank.num_layers, **bank.metadata})
         return
     console().print(checkpoint_table(bank))
+    if certificate := bank.metadata.get("certificate"):
+        console().print(promise(certificate), soft_wrap=True)
     console().print(f"routers for {name} in {path}, made in {seconds:.0f} s", markup=False, soft_wrap=True)
+
+
+def promise(certificate: dict[str, object]) -> str:
+    """A certificate as a sentence."""
+    if certificate["measured"] is None:
+        return f"No thresholds keep a disagreement of {certificate['bound']:.2%}: TIDE is off for these routers."
+    return (
+        f"Certified with {certificate['confidence']:.0%} confidence on {certificate['prompts']} prompts: at most "
+        f"{certificate['bound']:.2%} of the tokens differ from the full model's choice (measured "
+        f"{certificate['measured']:.2%}), with {certificate['layers saved']:.1%} of the layers saved."
+    )
 
 
 def checkpoint_table(bank: RouterBank) -> Table:

@@ -55,7 +55,9 @@ def run_demo(
     path = name or str(demo_model_file())
     with working(f"loading {Path(path).name}"):
         model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
-    config = TIDEConfig(exit_threshold=threshold, calibration_samples=samples, calibration_dataset="pydoc")
+    config = TIDEConfig(
+        exit_threshold=threshold, calibration_samples=samples, calibration_dataset="pydoc", distillation_steps=20
+    )  # fmt: skip
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         bank = calibrate(

@@ -1,0 +1,100 @@
+"""A promise about thresholds, and the measurements that it rests on."""
+
+import pytest
+import torch
+
+import tide_compile
+from tests.models import HIDDEN, LAYERS, SETTINGS, prompt, tiny
+from tide_compile import RouterBank, TIDEConfig
+from tide_compile.agreement import measure_agreement
+from tide_compile.certify import certify, certify_in_sequence, p_value, prompts_needed
+from tide_compile.errors import ConfigError
+from tide_compile.screen import prices_for, screen, thresholds_at
+
+PROMPTS = prompt(8, padding=0)[0].tolist()
+
+
+def test_p_values_are_valid():
+    """At the bound itself a true hypothesis is rejected no more often than promised. Catches one that is too bold."""
+    generator = torch.Generator().manual_seed(0)
+    for bound, prompts in ((0.1, 100), (0.02, 300)):
+        losses = (torch.rand(2000, prompts, generator=generator) < bound).float().mean(1)
+        wrong = sum(p_value(loss, prompts, bound) <= 0.05 for loss in losses.tolist())
+        assert wrong / 2000 <= 0.05
+    assert p_value(0.2, 100, 0.1) == 1 and p_value(0.0, 500, 0.02) < 1e-4
+
+
+@pytest.mark.parametrize(("bound", "confidence", "needed"), [(0.02, 0.95, 149), (0.05, 0.9, 45)])
+def test_how_many_prompts(bound, confidence, needed):
+    assert prompts_needed(bound, confidence) == needed
+    assert p_value(0.0, needed, bound) <= 1 - confidence < p_value(0.0, needed - 1, bound)
+    with pytest.raises(ConfigError, match=f"{needed} are needed"):
+        certify_in_sequence([{1: 0.5}], lambda _: (0.0, 0.1), needed - 1, bound, confidence)
+
+
+def test_sequence_stops_at_the_first_that_fails():
+    """Catches one that goes on and picks a later, luckier candidate."""
+    losses = iter([0.001, 0.06, 0.0])
+    trials = certify_in_sequence([{1: t} for t in (0.9, 0.8, 0.7)], lambda _: (next(losses), 0.1), 500, 0.05, 0.95)
+    assert [t.certified for t in trials] == [True, False]
+
+
+def test_screen_counts_tokens():
+    """Two checkpoints of four layers. Catches a token counted at a checkpoint after the one it left at."""
+    scores = torch.tensor([[0.999, 0.999], [0.2, 0.999], [0.2, 0.2], [0.999, 0.2]])
+    correct = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    row = next(r for r in screen(scores, correct, (0, 1), 4) if r["price"] > 0.1)
+    assert row["disagreement"] == 0.25 and row["layers saved"] == pytest.approx((0.75 + 0.5 + 0.75) / 4)
+    assert thresholds_at(0.4, (0, 1), 4) == {0: pytest.approx(0.7), 1: pytest.approx(0.8)}
+    assert prices_for([{"price": p, "disagreement": p / 10} for p in (0.1, 0.2, 0.4)], (0.005, 0.02, 0.03)) == [
+        0.1,
+        0.2,
+    ]
+
+
+@pytest.fixture
+def model():
+    return tiny("rmsnorm-rope-gqa")
+
+
+@pytest.fixture
+def bank():
+    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+
+
+def test_agreement_of_a_model_with_itself(model, bank):
+    outcome = measure_agreement(model, bank, TIDEConfig(exit_threshold=1.0), PROMPTS, max_new_tokens=5)
+    assert outcome.disagreement == 0 and outcome.layers_saved == 0 and len(outcome.generations) == 8
+
+
+def test_agreement_is_counted_as_the_engine_writes(model, bank):
+    """Exits of generated tokens are the engine's, and agreement is with the uncompiled model after the same prefix.
+    Catches an offset by one token, and prompts that are counted."""
+    config = TIDEConfig(exit_threshold=0.5, **SETTINGS)
+    one = PROMPTS[:1]
+    outcome = measure_agreement(model, bank, config, one, max_new_tokens=6)
+    text = tide_compile.TIDE(model, bank, config).generate(torch.tensor(one), max_new_tokens=6, do_sample=False)
+    (generation,) = outcome.generations
+    assert generation.tokens.tolist() == text[0, len(one[0]) :].tolist()
+    with torch.no_grad():
+        wanted = model(text).logits[0, len(one[0]) - 1 : -1].argmax(-1)
+    assert generation.agrees.tolist() == (wanted == generation.tokens).tolist()
+    assert 0 < outcome.layers_saved < 1
+
+
+def test_certificates(model, bank, tmp_path):
+    """Certified thresholds are in the file and in use; where nothing can be certified, nobody leaves."""
+    bank.metadata["screen"] = [{"price": p, "disagreement": p, "layers saved": 0.1} for p in (1e-4, 2.0)]
+    options = {"prompts": PROMPTS * 20, "confidence": 0.9, "max_new_tokens": 4, "progress": False}
+    found = certify(model, bank, max_disagreement=0.05, **options)
+    again = RouterBank.load(bank.save(tmp_path / "r.safetensors"))
+    assert again.metadata["certificate"] == found and found["measured"] == 0 and found["prompts"] == 160
+    assert again.thresholds and min(again.thresholds.values()) > 0.9
+    bank.metadata["screen"] = [{"price": 1e3, "disagreement": 0.0, "layers saved": 0.9}]
+    assert certify(model, bank, max_disagreement=0.05, **options)["measured"] is None
+    compiled = torch.compile(model, backend="tide", options={"router": bank, "lowering": "eager"})
+    with torch.no_grad(), tide_compile.record_exits() as stats:
+        compiled(prompt(1)[0])
+    assert stats.total_exited == 0 and stats.remaining_tokens == 9
+    with pytest.raises(ConfigError, match="calibrate again"):
+        certify(model, RouterBank.untrained(HIDDEN, LAYERS), max_disagreement=0.05, **options)
