@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("name", "arguments", "expected"), RUN)
 def test_example(folder, name, arguments, expected, monkeypatch, capsys):
     """From the command line to what it prints. Catches an example that has fallen behind the package."""
-    monkeypatch.setattr(backend, "lower", lambda program, lowering, mode: lower(program, "eager", mode))
+    monkeypatch.setattr(backend, "lower", lambda program, lowering, mode, *_: lower(program, "eager", mode))
     common = [str(folder), "--texts", str(folder / "texts.txt"), "--samples", "10", "--tokens", "4"]
     monkeypatch.setattr(sys, "argv", [name, *common, *(a.format(folder) for a in arguments)])
     with pytest.raises(SystemExit) as ended:

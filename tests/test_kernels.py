@@ -137,12 +137,22 @@ def test_what_is_built_is_what_is_launched(rows, dtype):
             return torch.empty(shape, dtype=dtype, device="cuda")
 
         h, flags = on_gpu(1, rows, 576, dtype=kind), on_gpu(1, rows, dtype=torch.bool)
+        added = on_gpu(1, rows)
         norm, down, up, threshold = on_gpu(576), on_gpu(100, 576), on_gpu(1, 100), on_gpu()
         tall, wide, square = (on_gpu(*s, dtype=kind) for s in ((576, 24), (24, 576), (576, 576)))
         bias = on_gpu(576, dtype=kind)
-        found = traced(lambda *x: route.launch_route(*x, 1e-6, True), h, flags, norm, norm, down, up, threshold)
+        found = traced(
+            lambda *x: route.launch_route(*x[:-1], 1e-6, True, x[-1]), h, flags, norm, norm, down, up, threshold, added
+        )
         found += traced(
-            lambda *x: route.launch_route(*x[:3], None, *x[3:], 1e-6, False), h, flags, norm, down, up, threshold
+            lambda *x: route.launch_route(*x[:3], None, *x[3:-1], 1e-6, False, x[-1]),
+            h,
+            flags,
+            norm,
+            down,
+            up,
+            threshold,
+            added,
         )
         found += traced(lambda a: compact.launch_compact(a, 5), flags)
         found += traced(scatter.launch_scatter, h, flags, h)
