@@ -38,9 +38,9 @@ def main(
 ) -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tide_compile").setLevel(logging.INFO)
+    engine = TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
     where, extra = source_of(model)
     tokenizer = AutoTokenizer.from_pretrained(where, **extra)
-    engine = TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
     app = build_app(
         engine,
         tokenizer,

@@ -232,6 +232,18 @@ def test_many_engines(model, bank):
     assert engine.last_stats.total_tokens == 9
 
 
+def test_many_kinds_of_call(model):
+    """One engine serves more kinds of call than Dynamo compiles by default, which is 8."""
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    ids, mask = prompt(2)
+    torch._dynamo.utils.counters.clear()
+    for rows in (ids, ids[:1]):
+        for arguments in ({"use_cache": False}, {}, {"attention_mask": mask[: len(rows)]}, {"return_dict": True}):
+            engine(rows, **arguments)
+    engine(ids, mask, use_cache=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+
+
 def test_inference_mode_and_embeddings(model, bank):
     """The cache survives a change of mode; embeddings in the place of ids are an input like any other."""
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))

@@ -22,6 +22,7 @@ from tide_compile.stats import ExitStats, record_exits
 from tide_compile.trace import TokenTrace
 
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
+_GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
 _SMALLEST_CACHE = 256  # tokens; below that a longer cache costs nothing measurable and saves a recompilation
 _OTHER_CACHE = ("cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
 
@@ -68,6 +69,7 @@ class TIDE:
             options=options,
             fullgraph=self.config.fallback is None,  # else a break, or too many recompilations, would go unnoticed
             isolate_recompiles=True,
+            recompile_limit=_GRAPHS,
         )
         self.model = routed_through(self._compiled, self._forward)
         self.model._prepare_static_cache = self._static_cache
