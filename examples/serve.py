@@ -16,10 +16,9 @@ from typing import Annotated
 
 import typer
 import uvicorn
-from transformers import AutoTokenizer
 
 from tide_compile import TIDE, TIDEConfig
-from tide_compile.loading import find_dtype, load_model, source_of
+from tide_compile.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.serving import build_app
 
 
@@ -39,8 +38,7 @@ def main(
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tide_compile").setLevel(logging.INFO)
     engine = TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
-    where, extra = source_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(where, **extra)
+    tokenizer = load_tokenizer(model)
     app = build_app(
         engine,
         tokenizer,

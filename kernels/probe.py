@@ -15,6 +15,7 @@ from tide_compile.kernels.route import FEW, normalise_reference
 from torch import Tensor
 
 FEATURES = 5
+PARTS = ("first", "second", "second_bias", "inner", "inner_bias", "outer")  # tensors of a probe, in the order of the op
 
 
 def probe_features(logits: Tensor) -> Tensor:
@@ -83,22 +84,5 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-@torch.library.triton_op("tide::probe", mutates_args={})
-def probe(
-    h: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    first: Tensor,
-    second: Tensor,
-    second_bias: Tensor,
-    inner: Tensor,
-    inner_bias: Tensor,
-    outer: Tensor,
-    eps: float,
-    layer_norm: bool,
-) -> Tensor:
-    """See ``probe_reference``, which is this op on every device: two matrix products and reductions, of which Inductor
-    makes kernels for CUDA as well."""
-    return probe_reference(
-        h, norm_weight, norm_bias, first, second, second_bias, inner, inner_bias, outer, eps, layer_norm
-    )
+# Two matrix products and reductions, of which Inductor makes kernels for CUDA as well.
+probe = torch.library.triton_op("tide::probe", probe_reference, mutates_args={})

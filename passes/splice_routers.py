@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 
 import torch
-from tide_compile.kernels import probe, project, route  # noqa: F401  (defines the ops)
+from tide_compile.kernels import project, route  # noqa: F401  (defines the ops)
+from tide_compile.kernels.probe import PARTS
 from tide_compile.passes.errors import CheckpointError
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.plan import (
@@ -66,8 +67,8 @@ def _with_router(piece: Piece, settings: Settings, tensors: dict[str, torch.Tens
     }
     with graph.inserting_before(output):
         probe = None
-        if "first" in router:
-            read = [router[n] for n in ("first", "second", "second_bias", "inner", "inner_bias", "outer")]
+        if PARTS[0] in router:
+            read = [router[n] for n in PARTS]
             probe = graph.call_function(
                 torch.ops.tide.probe.default,
                 (hidden, router["norm_weight"], router.get("norm_bias"), *read, settings.norm_eps, settings.layer_norm),

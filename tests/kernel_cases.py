@@ -128,12 +128,12 @@ def main(every: bool) -> int:
         for dtype in dtypes:
             h = states(rows, hidden, dtype)
             kinds = ((False, False), (True, True), (False, True), (True, False))
-            for layer_norm, bias in kinds[: 4 if every and rows * hidden < 3e5 else 2]:
+            for layer_norm, bias in kinds[: 4 if every else 2]:
                 check_route(h, layer_norm, bias, BOTTLENECKS[(i + done) % 3], offset=done % 2 == 1)
                 done += 1
             check_scatter(h)
-            kinds = ("identity", "affine", "linear", "low rank")
-            for kind in kinds if rows * hidden < 3e5 and hidden < 4096 else kinds[-1:]:
+            kinds = ("identity", "affine", "linear", "low rank") if every or hidden < 4096 else ("low rank",)
+            for kind in kinds if rows * hidden < 3e6 else kinds[-1:]:
                 check_project(states(rows, hidden, dtype, strange=False), kind)
                 done += 1
             done += 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tide_compile
-from tests.models import HIDDEN, LAYERS, SETTINGS, prompt, tiny
+from tests.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.agreement import measure_agreement
 from tide_compile.certify import certify, certify_in_sequence, p_value, prompts_needed
@@ -50,16 +50,6 @@ def test_screen_counts_tokens():
         0.1,
         0.2,
     ]
-
-
-@pytest.fixture
-def model():
-    return tiny("rmsnorm-rope-gqa")
-
-
-@pytest.fixture
-def bank():
-    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
 
 
 def test_agreement_of_a_model_with_itself(model, bank):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import tide_compile
 from tests.models import GENERATE, HIDDEN
-from tests.offline import CHAT, save_model, words
+from tests.tiny_folder import WORD_TEMPLATE, save_tiny, word_tokenizer
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.cli import app
 from tide_compile.loading import load_model, load_tokenizer
@@ -22,13 +22,13 @@ LAYERS = 3  # fewer than elsewhere: every command traces them anew
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("model"), LAYERS))
+    return str(save_tiny(tmp_path_factory.mktemp("model"), LAYERS, word_tokenizer()))
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A model in which the default options place a checkpoint, after layer 7."""
-    return str(save_model(tmp_path_factory.mktemp("deep"), 9))
+    return str(save_tiny(tmp_path_factory.mktemp("deep"), 9, word_tokenizer()))
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def test_batch_chat_and_sampling(folder, monkeypatch):
     """A batch padded on the left, the chat template when asked for, and sampling from a seed: as the stock model."""
     common = ["generate", folder, "--threshold", 1, "--max-new-tokens", 4, "--prompt", "w5 w6"]
     assert "no chat template" in call(*common, "--chat", code=1).stderr
-    tokenizer = words()
-    tokenizer.chat_template = CHAT
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = WORD_TEMPLATE
     monkeypatch.setattr("tide_compile.commands.generate.load_tokenizer", lambda _: tokenizer)
     both = record(*common, "--prompt", "w7", "--chat")
     assert both["texts"] == [stock(folder, "w9 w5 w6 w10"), stock(folder, "w9 w7 w10")]

@@ -5,7 +5,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.models import VOCABULARY, tiny
-from tests.test_calibrate import CONFIG, Characters, run, texts
+from tests.test_calibrate import Characters, run, texts
 from tide_compile import corpus as corpus_module
 from tide_compile.corpus import Corpus
 from tide_compile.errors import CalibrationDataError
@@ -43,14 +43,14 @@ def test_no_data_at_all(small_shards):
     corpus = Corpus("self", tiny("rmsnorm-rope-gqa"), Characters(), self_length=4)
     made = rows(corpus, 10)
     assert len(made) == 10 and len({tuple(r.ids) for r in made}) > 1
-    prompts = corpus.prompts(5, skip=10)
+    prompts = corpus.prompts(5, limit=10)
     assert len(prompts) == 5
     assert not any(row.ids[:8] == prompt[:8] for row in made for prompt in prompts)
 
 
 def test_prompts_are_texts_that_were_not_read(file):
     corpus = Corpus(file, tiny("rmsnorm-rope-gqa"), Characters())
-    prompts = corpus.prompts(10, skip=35)
+    prompts = corpus.prompts(10, limit=35)
     assert prompts == [[ord(c) % VOCABULARY for c in text[:32]] for text in texts(40, 120)[35:]]
 
 
@@ -115,4 +115,3 @@ def test_two_processes_are_as_good_as_one(small_shards, file, tmp_path):
     two = RouterBank.load(tmp_path / "two.safetensors")
     assert two.metadata["tokens"] == one.metadata["tokens"] and two.layers == one.layers
     assert same(two.projections.values(), one.projections.values())
-    assert CONFIG.distillation_steps > 0

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 import tide_compile
 from tests.models import HIDDEN, LAYERS, SETTINGS, prompt, tiny
-from tests.offline import letters, words
+from tests.tiny_folder import every_byte_tokenizer, word_tokenizer
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
 from tide_compile.plan_page import plan_page
@@ -43,7 +43,7 @@ def traced(engine):
     end = int(run(IDS, MASK)[0][0, IDS.shape[1] + 1])
     return {
         "greedy": run(IDS, MASK),
-        "dictionary": run(IDS, MASK, return_dict_in_generate=True, tokenizer=words()),
+        "dictionary": run(IDS, MASK, return_dict_in_generate=True, tokenizer=word_tokenizer()),
         "sampling": run(IDS[:1], MASK[:1], do_sample=True, num_return_sequences=2),
         "ended": run(IDS, MASK, eos_token_id=end),
     }
@@ -96,7 +96,7 @@ def test_json(traced):
 
 def test_texts_of_tokens():
     """Together they are the text, with characters of several tokens. Catches a replacement character per byte."""
-    tokenizer, text = letters(), "naïve 🙂 text\n"
+    tokenizer, text = every_byte_tokenizer(), "naïve 🙂 text\n"
     ids = tokenizer(text)["input_ids"]
     texts = token_texts(tokenizer, ids)
     assert "".join(texts) == text and len(texts) == len(ids) > len(text) and "" in texts
@@ -134,10 +134,13 @@ def stands_alone(page):
 @pytest.fixture
 def token_page(traced):
     trace = copy.copy(traced["greedy"][1])
-    trace.ids, given = trace.ids[1:].clone(), letters()("<b>&\né")["input_ids"]  # the sequence without padding
+    trace.ids, given = (
+        trace.ids[1:].clone(),
+        every_byte_tokenizer()("<b>&\né")["input_ids"],
+    )  # the sequence without padding
     trace.layers, trace.scores = trace.layers[1:], trace.scores[1:]
     trace.ids[0, : len(given)] = torch.tensor(given)
-    return trace, trace.to_html(tokenizer=letters(), title="<script>")
+    return trace, trace.to_html(tokenizer=every_byte_tokenizer(), title="<script>")
 
 
 @pytest.fixture
@@ -155,7 +158,7 @@ def plan(model):
 def test_token_page(token_page, tmp_path):
     """Every token once, as it is, by layer. Catches text that becomes markup, and a page that needs the network."""
     trace, page = token_page
-    (tokens,) = trace.tokens(letters())
+    (tokens,) = trace.tokens(every_byte_tokenizer())
     spans = [a for tag, a in Spans(page).tags if tag == "span" and "data-id" in a]
     assert Spans(page).texts == [t.text for t in tokens] and "".join(Spans(page).texts).startswith("<b>&\né")
     assert [int(a["data-layer"]) for a in spans] == [t.layer for t in tokens]

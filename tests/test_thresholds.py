@@ -4,22 +4,12 @@ import pytest
 import torch
 
 import tide_compile
-from tests.models import HIDDEN, LAYERS, SETTINGS, prompt, tiny
+from tests.models import LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
 
 IDS, MASK = prompt(2)
 EAGER = {"lowering": "eager"}
-
-
-@pytest.fixture
-def model():
-    return tiny("rmsnorm-rope-gqa")
-
-
-@pytest.fixture
-def bank():
-    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
 
 
 def exits(model, bank, **options):

@@ -27,13 +27,11 @@ class Generation:
         tokens: [G] int64, what was generated, up to and with the end of the sequence.
         exit_layers: [G] int64, the layer that each left after.
         agrees: [G] bool, whether the model without exits prefers the same token after the same prefix.
-        surprise: nats per token of the model without exits, for this continuation.
     """
 
     tokens: Tensor
     exit_layers: Tensor
     agrees: Tensor
-    surprise: float
 
     @property
     def disagreement(self) -> float:
@@ -57,12 +55,6 @@ class Outcome:
     def layers_saved(self) -> float:
         """Share of layer passes of generated tokens that exits made unnecessary, 0..1."""
         return self.stats.layers_saved
-
-    @property
-    def perplexity(self) -> float:
-        """Of the model without exits on what was generated."""
-        tokens = sum(len(g.tokens) for g in self.generations)
-        return float(torch.tensor(sum(g.surprise * len(g.tokens) for g in self.generations) / tokens).exp())
 
     @property
     def stats(self) -> ExitStats:
@@ -121,16 +113,16 @@ def end_tokens(model: nn.Module) -> Tensor:
 
 def _compare(decoder: Decoder, prompt: list[int], written: Tensor, exit_layers: Tensor) -> Generation:
     ids = torch.cat([torch.tensor(prompt), written]).to(decoder.device)
-    logits = decoder.model.forward(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-    surprise = nn.functional.cross_entropy(logits, ids[len(prompt) :]).item()
-    return Generation(written, exit_layers, logits.argmax(-1).cpu() == written, surprise)
+    logits = decoder.model.forward(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return Generation(written, exit_layers, logits.argmax(-1).cpu() == written)
 
 
 def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and mask [B, S]."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    tensors = [torch.tensor(row) for row in rows]
+    left = {"batch_first": True, "padding_side": "left"}
+    ids = nn.utils.rnn.pad_sequence(tensors, padding_value=pad, **left)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], **left)
     return ids.to(device), mask.to(device)
 
 

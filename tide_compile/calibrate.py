@@ -142,7 +142,7 @@ def _layers(config: TIDEConfig, num_layers: int) -> tuple[int, ...]:
 def _join_processes() -> None:
     """Where ``torchrun`` has started several processes, let them know each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=1))  # the first one fits alone
 
 
 def _is_first() -> bool:

@@ -67,7 +67,7 @@ class Corpus:
 
     def shards(self, limit: int) -> Iterator[Shard]:
         """Up to ``limit`` rows, an equal part from each source."""
-        each = -(-limit // len(self._sources))
+        each = self._each(limit)
         for source in self._sources:
             made_of = self._texts if source == SELF else source
             texts = None if made_of is None else calibration_texts(made_of, each)
@@ -79,13 +79,18 @@ class Corpus:
                     break
                 yield lambda make=make, batch=batch, number=number, size=size: make(batch, number, size)
 
-    def prompts(self, count: int, skip: int) -> list[list[int]]:
-        """Beginnings of up to ``count`` texts that come after the first ``skip``; where there are no texts, of ones
-        that the model samples for this purpose."""
+    def prompts(self, count: int, limit: int) -> list[list[int]]:
+        """Beginnings of up to ``count`` texts that come after those of ``shards(limit)``; where there are no texts, of
+        ones that the model samples for this purpose."""
         if self._texts is None:
             sizes = [min(SHARD, count - start) for start in range(0, count, SHARD)]
             return [p for i, size in enumerate(sizes) for p in self._sampled(size, _OTHER_SEEDS + i, PROMPT)]
+        skip = self._each(limit)
         return self._beginnings(list(itertools.islice(calibration_texts(self._texts, skip + count), skip, None)))
+
+    def _each(self, limit: int) -> int:
+        """Rows of each source."""
+        return -(-limit // len(self._sources))
 
     @property
     def _sources(self) -> list[object]:

@@ -21,18 +21,6 @@ class EngineStats(ExitStats):
     calls: int = 0
     seconds: float = 0.0
 
-    @property
-    def layer_passes_run(self) -> int:
-        """Layers that tokens ran: a token that ran them all counts ``num_layers``. The keys and values that are written
-        for skipped layers are not counted."""
-        exited = sum((layer + 1) * n for layer, n in self.exits_per_layer.items())
-        return exited + self.num_layers * self.remaining_tokens
-
-    @property
-    def layer_passes_saved(self) -> int:
-        """Layers that tokens skipped."""
-        return self.num_layers * self.total_tokens - self.layer_passes_run
-
     def summary(self) -> str:
         """``ExitStats.summary`` of all calls, and how many there were."""
         return f"{ExitStats.summary(self)}\n  Calls: {self.calls}, {self.seconds:.1f} s"

@@ -170,9 +170,10 @@ class Executor:
     def _forward(self, arguments: tuple[object, ...]) -> tuple:
         env = [*arguments, *self._constants_of(arguments)]
         override = _threshold.get()
-        if override is not None:
+        if override is not None and self._thresholds:
+            value = env[self._thresholds[0]].new_full((), override)
             for slot in self._thresholds:
-                env[slot] = env[slot].new_full((), override)
+                env[slot] = value
         self._prologue(env)
         valid = env[self._valid] = env[self._active]
         recorders = active_recorders()

@@ -40,7 +40,7 @@ def fit_bank(
     bank = RouterBank({}, norm, len(decoder.layers), metadata={"table": [], "reliability": {}})
     train, held_out = collected.train, collected.held_out
     full = {part: _predictions(decoder, part.at(-1)) for part in (train, held_out)}
-    frequent = _frequent(full[train], config.probe_vocabulary)
+    seen = None if config.router_kind == "mlp" else _logits_of_frequent(decoder, train, full[train], config)
     scores, correct = [], []
     for index, layer in enumerate(tqdm(layers, "fit", unit="checkpoint", disable=not progress)):
         projections = _projections(decoder, collected, index, config, seed)
@@ -51,7 +51,7 @@ def fit_bank(
         agreement = {part: (_predictions(decoder, project(part.at(index))) == full[part]).float() for part in full}
         labels = agreement if config.calibration_label == "agreement" else _converged(full, index, config)
         states = {part: _normed(part.at(index), norm) for part in full}
-        router = _router(decoder, config, states[train], train.at(-1), frequent, seed)
+        router = _router(config, states[train], seen, seed)
         train_router(router, (states[train], labels[train]), (states[held_out], labels[held_out]), seed)
         bank.routers[layer] = router
         scores.append(router(states[held_out]))
@@ -98,18 +98,23 @@ def _head(decoder: Decoder) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def _router(
-    decoder: Decoder, config: TIDEConfig, normed: Tensor, final: Tensor, frequent: Tensor, seed: int
-) -> TokenRouter:
+def _router(config: TIDEConfig, normed: Tensor, seen: Tensor | None, seed: int) -> TokenRouter:
+    hidden_dim = normed.shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.router_kind == "mlp":
-            return TokenRouter(decoder.hidden_dim, config.router_bottleneck_dim)
-        logits = torch.cat(
-            [decoder.logits(f.to(decoder.device))[:, frequent].float().cpu() for f in final.split(_ROWS)]
-        )
-        rank = min(config.probe_rank, decoder.hidden_dim, len(frequent))
-        return ProbeRouter(decoder.hidden_dim, *fit_probe(normed, logits, rank, seed), config.router_bottleneck_dim)
+        if seen is None:
+            return TokenRouter(hidden_dim, config.router_bottleneck_dim)
+        rank = min(config.probe_rank, hidden_dim, seen.shape[-1])
+        return ProbeRouter(hidden_dim, *fit_probe(normed, seen, rank, seed), config.router_bottleneck_dim)
+
+
+def _logits_of_frequent(decoder: Decoder, part: Reservoir, predictions: Tensor, config: TIDEConfig) -> Tensor:
+    """The full model's logits [T, K], fp32, of the tokens that it predicts most often."""
+    counts = predictions.bincount()
+    size = min(config.probe_vocabulary, int((counts > 0).sum()))
+    frequent = counts.argsort(descending=True)[:size].to(decoder.device)
+    rows = (decoder.logits(rows.to(decoder.device))[:, frequent] for rows in part.at(-1).split(_ROWS))
+    return torch.cat([logits.float().cpu() for logits in rows])
 
 
 def _quality(
@@ -142,12 +147,6 @@ def _row(score: Tensor, label: Tensor, agreement: Tensor, config: TIDEConfig) ->
         f"exits at {threshold}": round(leave.float().mean().item(), 3),
         "their agreement": round(agreement[leave].mean().item(), 3) if leave.any() else None,
     }
-
-
-def _frequent(predictions: Tensor, count: int) -> Tensor:
-    """The ids that the full model predicts most often, at most ``count`` of those that it predicts at all."""
-    counts = predictions.bincount()
-    return counts.argsort(descending=True)[: min(count, int((counts > 0).sum()))]
 
 
 def _predictions(decoder: Decoder, states: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tide_compile.kernels.probe import FEATURES, probe_features, read_probe
-
-PROBE = ("first", "second", "second_bias", "inner", "inner_bias", "outer")  # tensors, in the order of tide::probe
+from tide_compile.kernels.probe import FEATURES, PARTS, probe_features, read_probe
 
 
 class TokenRouter(nn.Module):
@@ -49,7 +47,7 @@ class TokenRouter(nn.Module):
     def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenRouter:
         """The router with these ``tensors``; a ``ProbeRouter`` if they are one's."""
         bottleneck, hidden = tensors["down"].shape
-        if "first" in tensors:
+        if PARTS[0] in tensors:
             router: TokenRouter = ProbeRouter(
                 hidden, tensors["first"], tensors["second"], tensors["second_bias"], bottleneck
             )
@@ -96,7 +94,7 @@ class ProbeRouter(TokenRouter):
         """The probe's tensors, with the scaling of features in them."""
         inner = self.inner / self.deviation
         folded = {"inner": inner, "inner_bias": self.inner_bias - inner @ self.mean}
-        return {n: folded.get(n, getattr(self, n)) for n in PROBE}
+        return {n: folded.get(n, getattr(self, n)) for n in PARTS}
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from tide_compile.config import TIDEConfig
 from tide_compile.decoder import Decoder, call_arguments, find_decoder, valid_tokens
-from tide_compile.kernels.probe import probe_reference
+from tide_compile.kernels.probe import PARTS, probe_reference
 from tide_compile.kernels.project import project_reference
 from tide_compile.kernels.route import route_reference
-from tide_compile.networks import PROBE
 from tide_compile.passes.place_checkpoints import checkpoint_layers
 from tide_compile.routers import RouterBank
 from tide_compile.stats import PADDING
@@ -65,8 +64,8 @@ class Reference:
         router = s.routers[layer]
         norm = (s.norm_weight, s.norm_bias)
         offset = None
-        if PROBE[0] in router:
-            offset = probe_reference(hidden, *norm, *(router[n] for n in PROBE), s.norm_eps, s.layer_norm)
+        if PARTS[0] in router:
+            offset = probe_reference(hidden, *norm, *(router[n] for n in PARTS), s.norm_eps, s.layer_norm)
         score, leave = route_reference(
             hidden, self.valid & ~self.exited, *norm, router["down"], router["up"],
             router["threshold"], s.norm_eps, s.layer_norm, offset,

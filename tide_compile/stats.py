@@ -37,8 +37,9 @@ class ExitStats:
 
     @property
     def remaining_tokens(self) -> int:
-        while self._uncounted:
-            self._remaining += int(self._uncounted.pop().sum())
+        if self._uncounted:  # one read, however many calls there were
+            self._remaining += int(torch.stack([rows.sum() for rows in self._uncounted]).sum())
+            self._uncounted.clear()
         return self._remaining
 
     @property
@@ -57,10 +58,19 @@ class ExitStats:
     @property
     def mean_depth(self) -> float:
         """Layers that a token ran, on average."""
-        if not self.total_tokens:
-            return 0.0
-        run = sum((layer + 1) * n for layer, n in self.exits_per_layer.items())
-        return (run + self.num_layers * self.remaining_tokens) / self.total_tokens
+        return self.layer_passes_run / self.total_tokens if self.total_tokens else 0.0
+
+    @property
+    def layer_passes_run(self) -> int:
+        """Layers that tokens ran: a token that ran them all counts ``num_layers``. The keys and values that are written
+        for skipped layers are not counted."""
+        exited = sum((layer + 1) * n for layer, n in self.exits_per_layer.items())
+        return exited + self.num_layers * self.remaining_tokens
+
+    @property
+    def layer_passes_saved(self) -> int:
+        """Layers that tokens skipped."""
+        return self.num_layers * self.total_tokens - self.layer_passes_run
 
     @property
     def layers_saved(self) -> float:
