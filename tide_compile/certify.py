@@ -9,6 +9,7 @@ to come.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import hashlib
 import json
@@ -28,7 +29,8 @@ from tide_compile.screen import prices_for, thresholds_at
 
 log = logging.getLogger("tide_compile")
 
-_PARTS = (0.1, 0.25, 0.4, 0.55, 0.75)  # of the bound: what candidates promise at first sight
+PROMISE = "certificate"  # its name in a bank's metadata
+_PARTS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)  # of what can be certified: the losses of candidates at first sight
 
 
 def p_value(loss: float, prompts: int, bound: float) -> float:
@@ -50,6 +52,14 @@ def p_value(loss: float, prompts: int, bound: float) -> float:
 def prompts_needed(bound: float, confidence: float) -> int:
     """The least number of prompts with which a bound can be certified: if no token disagrees."""
     return math.ceil(math.log(1 - confidence) / math.log(1 - bound) - 1e-9)
+
+
+def largest_loss(prompts: int, bound: float, confidence: float) -> float:
+    """The largest mean loss that certifies a bound on so many prompts, to one part in ten thousand of the bound."""
+    steps = bisect.bisect_right(
+        range(10_000), 1 - confidence, key=lambda i: p_value(bound * i / 10_000, prompts, bound)
+    )
+    return bound * max(0, steps - 1) / 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +134,7 @@ def certify(
     which the output differs from the full model's choice after the same prefix is at most ``max_disagreement``.
 
     Candidates come from the calibration's ``screen``; each is measured on generations of its own (greedy, by the eager
-    reference). Sets ``bank.thresholds`` and ``bank.metadata["certificate"]``; where nothing can be certified, all
+    reference). Sets ``bank.thresholds`` and ``bank.metadata[PROMISE]``; where nothing can be certified, all
     thresholds are 1: TIDE is off.
 
     Args:
@@ -141,7 +151,8 @@ def certify(
     if not bank.metadata.get("screen"):
         raise ConfigError("these routers have no record of their scores: calibrate again to certify them.")
     config = replace(config or TIDEConfig(), exit_threshold=None)
-    prices = prices_for(bank.metadata["screen"], [part * max_disagreement for part in _PARTS])
+    most = largest_loss(len(prompts), max_disagreement, confidence)
+    prices = prices_for(bank.metadata["screen"], [part * most for part in _PARTS])
     candidates = [thresholds_at(price, bank.layers, bank.num_layers) for price in prices]
 
     def measure(thresholds: dict[int, float]) -> tuple[float, float]:
@@ -158,7 +169,7 @@ def certify(
         log.warning("no thresholds keep a disagreement of %s, so TIDE is off for these routers", max_disagreement)
     bank.thresholds = dict.fromkeys(bank.layers, 1.0) if chosen is None else chosen.thresholds
     digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
-    bank.metadata["certificate"] = {
+    bank.metadata[PROMISE] = {
         "bound": max_disagreement,
         "confidence": confidence,
         "prompts": len(prompts),
@@ -172,4 +183,4 @@ def certify(
             for t in trials
         ],
     }
-    return bank.metadata["certificate"]
+    return bank.metadata[PROMISE]

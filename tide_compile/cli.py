@@ -69,6 +69,40 @@ def calibrate(
 
 
 @app.command()
+def tune(
+    model: Model,
+    router: Router = None,
+    data: Annotated[str | None, typer.Option(help="Prompts; default: after those of the calibration.")] = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Half to choose candidates, half to measure.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="Generated after each.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put texts into the model's chat template.")] = False,
+    max_disagreement: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Recommend the fastest point with at most this.")
+    ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(min=1.0, help="Recommend the most faithful point with at least this.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the frontier into this PNG file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write routers with the recommended thresholds.")] = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Sweep checkpoints and thresholds: layers saved, speed and agreement, and which to use.
+
+    The exit code is 1 if no point keeps what was asked for.
+    """
+    with one_line_errors(debug):
+        from tide_compile.commands.tune import tune_model
+
+        found = tune_model(model, router=router, data=data, prompts=prompts, max_new_tokens=tokens, chat=chat,
+                           max_disagreement=max_disagreement, min_speedup=min_speedup, plot=plot, save=save,
+                           dtype=dtype, as_json=json)  # fmt: skip
+        if not found:
+            raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[list[str], typer.Option(help="Text to go on from; give it again for a batch.")],

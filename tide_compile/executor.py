@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from tide_compile.times import EXECUTOR, active_times
 log = logging.getLogger("tide_compile")
 
 
-_threshold: ContextVar[float | None] = ContextVar("tide_exit_threshold", default=None)
+_threshold: ContextVar[float | Mapping[int, float] | None] = ContextVar("tide_exit_threshold", default=None)
 _rehearsing: ContextVar[bool] = ContextVar("tide_rehearsing", default=False)
 
 
@@ -41,14 +41,20 @@ def rehearsal() -> Iterator[None]:
 
 
 @contextmanager
-def exit_threshold(value: float) -> Iterator[None]:
+def exit_threshold(value: float | Mapping[int, float]) -> Iterator[None]:
     """Inside, this threshold (0..1; 1: nobody leaves) takes the place of those that the code was compiled with, in
     calls of this thread or task. Nothing is compiled again.
+
+    Args:
+        value: for all checkpoints, or by the layer of each; where none is named, nobody leaves.
 
     Raises:
         ConfigError: not a number from 0 to 1.
     """
-    token = _threshold.set(TIDEConfig(exit_threshold=value).exit_threshold)
+    by_layer = isinstance(value, Mapping)
+    for each in value.values() if by_layer else [value]:
+        TIDEConfig(exit_threshold=each)
+    token = _threshold.set(dict(value) if by_layer else value)
     try:
         yield
     finally:
@@ -153,7 +159,8 @@ class Executor:
         self._compaction, self._read = compaction, DecisionReader(size=3)
         self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
         self._settings_for = settings_for
-        self._thresholds = [slots[n] for n in program.constants if n.endswith(".threshold")]
+        names = {layer: f"router.{layer}.threshold" for layer in plan.checkpoints}
+        self._thresholds = {layer: slots[n] for layer, n in names.items() if n in program.constants}
         self._empty = len(slots) - len(program.arguments) - len(program.constants)
         parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)]
         self._anchors = [parameters[i] for i in {0, len(parameters) // 2, len(parameters) - 1}] if parameters else []
@@ -170,10 +177,10 @@ class Executor:
     def _forward(self, arguments: tuple[object, ...]) -> tuple:
         env = [*arguments, *self._constants_of(arguments)]
         override = _threshold.get()
-        if override is not None and self._thresholds:
-            value = env[self._thresholds[0]].new_full((), override)
-            for slot in self._thresholds:
-                env[slot] = value
+        if override is not None:
+            by_layer = override if isinstance(override, Mapping) else dict.fromkeys(self._thresholds, override)
+            for layer, slot in self._thresholds.items():
+                env[slot] = env[slot].new_full((), by_layer.get(layer, 1.0))
         self._prologue(env)
         valid = env[self._valid] = env[self._active]
         recorders = active_recorders()

@@ -8,12 +8,12 @@ Shapes: T tokens, C checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-_PRICES = torch.logspace(-2.5, 1, 36)
+_PRICES = torch.logspace(-2.5, 1, 71)
 
 
 def thresholds_at(price: float, layers: Sequence[int], num_layers: int) -> dict[int, float]:
@@ -23,7 +23,7 @@ def thresholds_at(price: float, layers: Sequence[int], num_layers: int) -> dict[
 
 
 def screen(scores: Tensor, correct: Tensor, layers: Sequence[int], num_layers: int) -> list[dict[str, float]]:
-    """For each of 36 prices, what would come out.
+    """For each of 71 prices, what would come out.
 
     Args:
         scores, correct: [T, C] of held-out tokens, the latter 1 where the exited state predicts the full model's token.
@@ -31,22 +31,26 @@ def screen(scores: Tensor, correct: Tensor, layers: Sequence[int], num_layers: i
     Returns:
         Rows with ``price``, ``disagreement`` (share of all tokens) and ``layers saved`` (share of layer passes).
     """
-    saves = torch.tensor([(num_layers - 1 - n) / num_layers for n in layers])
     rows = []
     for price in _PRICES.tolist():
-        limits = torch.tensor([*thresholds_at(price, layers, num_layers).values()])
-        leave = scores > limits
-        first = leave.int().argmax(1)
-        left = leave.any(1)
-        wrong = left & (correct.gather(1, first[:, None]).squeeze(1) == 0)
-        rows.append(
-            {
-                "price": round(price, 6),
-                "disagreement": round(wrong.float().mean().item(), 6),
-                "layers saved": round((saves[first] * left).mean().item(), 6),
-            }
-        )
+        wrong, exits = leaving(scores, correct, thresholds_at(price, layers, num_layers))
+        saved = sum(share * (num_layers - 1 - layer) / num_layers for layer, share in exits.items())
+        rows.append({"price": round(price, 6), "disagreement": round(wrong, 6), "layers saved": round(saved, 6)})
     return rows
+
+
+def leaving(scores: Tensor, correct: Tensor, thresholds: Mapping[int, float]) -> tuple[float, dict[int, float]]:
+    """Share of tokens that leave and disagree, and share of tokens that leave by layer; each leaves at the first of its
+    C checkpoints, in the order of ``thresholds``, whose threshold its score is above.
+
+    Args:
+        scores, correct: [T, C]. thresholds: C, by layer, ascending.
+    """
+    leave = scores > torch.tensor([*thresholds.values()])
+    first = torch.where(leave.any(1), leave.int().argmax(1), len(thresholds))
+    counts = first.bincount(minlength=len(thresholds) + 1)[:-1] / len(scores)
+    right = torch.cat([correct.bool(), torch.ones(len(correct), 1, dtype=torch.bool)], 1).gather(1, first[:, None])
+    return 1 - right.float().mean().item(), dict(zip(thresholds, counts.tolist(), strict=True))
 
 
 def prices_for(table: list[dict[str, float]], disagreements: Sequence[float]) -> list[float]:

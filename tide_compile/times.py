@@ -1,4 +1,4 @@
-"""Times: how long the pieces of a forward pass take."""
+"""Times: how long the pieces of a forward pass take, and the tokens of a generation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 EXECUTOR = "executor"  # a whole forward pass behind Dynamo's guards
 
@@ -29,6 +31,23 @@ class Times:
         yield
         _wait()
         self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+
+
+class TokenClock(BaseStreamer):
+    """A streamer for ``generate`` that notes when each token arrives; the first arrival is the prompt."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.arrivals.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def seconds(self) -> list[float]:
+        """Seconds of each token after the first."""
+        return [b - a for a, b in zip(self.arrivals[1:], self.arrivals[2:], strict=False)]
 
 
 _times: ContextVar[Times | None] = ContextVar("tide_times", default=None)

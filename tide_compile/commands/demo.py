@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from rich.table import Table
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from tide_compile.calibrate import calibrate
 from tide_compile.commands.demo_model import demo_model_file
@@ -25,25 +24,9 @@ from tide_compile.device import cpu_name
 from tide_compile.engine import TIDE
 from tide_compile.generate_guard import routed_through
 from tide_compile.loading import load_model, load_tokenizer
+from tide_compile.times import TokenClock
 
 PROMPT = "Explain in a few sentences how a bicycle stays upright."
-
-
-class _Clock(BaseStreamer):
-    """Notes when each token arrives; the first arrival is the prompt."""
-
-    def __init__(self) -> None:
-        self.arrivals: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.arrivals.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def seconds(self) -> list[float]:
-        """Seconds of each token after the first."""
-        return [b - a for a, b in zip(self.arrivals[1:], self.arrivals[2:], strict=False)]
 
 
 def run_demo(
@@ -118,7 +101,7 @@ def _compare(
     with working(f"{rounds} rounds of {tokens} tokens"):
         for _ in range(rounds):
             for name, call in run.items():
-                clock, started = _Clock(), time.perf_counter()
+                clock, started = TokenClock(), time.perf_counter()
                 call(**arguments, streamer=clock)
                 totals[name].append(time.perf_counter() - started)
                 seconds[name] += clock.seconds()
