@@ -2,6 +2,9 @@ import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers that all use all cores wait for each other most of the time
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 os.environ["TIDE_AUTOTUNE"] = "0"  # before the kernels are imported: tests run one choice and measure nothing
 
 import pytest
