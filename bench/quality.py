@@ -23,6 +23,7 @@ from bench.report import machine, show
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.calibrate import calibrate
 from tide_compile.certify import certify
+from tide_compile.commands.calibrate import reliability_rows
 from tide_compile.corpus import Corpus
 from tide_compile.files import write_text
 from tide_compile.screen import prices_for, thresholds_at
@@ -135,19 +136,6 @@ def main() -> None:
         write_text(args.markdown, document(args, bank, rows, certificates, base, len(prompts), len(texts)))
 
 
-def reliability_rows(bank: RouterBank) -> list[list[str]]:
-    """Per interval of scores, for each checkpoint: mean score, share that agrees, tokens."""
-    curves = [{r["from"]: r for r in curve} for curve in bank.metadata["reliability"].values()]
-    rows = []
-    for low in sorted({low for curve in curves for low in curve}):
-        cells = [f"{low:.1f} to {low + 0.1:.1f}"]
-        for curve in curves:
-            r = curve.get(low)
-            cells += [""] * 3 if r is None else [f"{r['score']:.3f}", f"{r['agreement']:.3f}", str(r["tokens"])]
-        rows.append(cells)
-    return rows
-
-
 def document(
     args: argparse.Namespace, bank: RouterBank, rows: list, certificates: list, base: float, prompts: int, texts: int
 ) -> str:
@@ -162,9 +150,7 @@ def document(
     )
     promise_headers = ["promise", "prompts", "disagreement there", "layers saved there", f"on {names['test']}",
                        "layers saved", "kept"]  # fmt: skip
-    curves = reliability_rows(bank)
-    layers = list(bank.metadata["reliability"])
-    curve_headers = ["score", *(f"{layer}: {what}" for layer in layers for what in ("score", "agreement", "tokens"))]
+    curve_headers, curves = reliability_rows(bank)
     checkpoints = {name: [r.get(name) for r in bank.metadata["table"]] for name in bank.metadata["table"][0]}
     return "\n".join(
         [

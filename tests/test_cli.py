@@ -15,6 +15,8 @@ from tests.models import GENERATE, HIDDEN
 from tests.tiny_folder import WORD_TEMPLATE, save_tiny, word_tokenizer
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.cli import app
+from tide_compile.commands.tune import tuning_data
+from tide_compile.costs import Costs
 from tide_compile.loading import load_model, load_tokenizer
 
 LAYERS = 3  # fewer than elsewhere: every command traces them anew
@@ -38,6 +40,10 @@ def router(tmp_path_factory):
     bank.metadata = {
         "table": [{"layer": 0, "top-1 agreement": 0.25}, {"layer": 1, "top-1 agreement": 0.5}],
         "certificate": {"agreement": 0.97, "tokens": 4096},
+        "reliability": {
+            "0": [{"from": 0.8, "to": 0.9, "tokens": 7, "score": 0.853, "agreement": 0.831}],
+            "1": [{"from": 0.9, "to": 1.0, "tokens": 9, "score": 0.95, "agreement": 0.96}],
+        },
     }
     return str(bank.save(tmp_path_factory.mktemp("router") / "r.safetensors"))
 
@@ -46,7 +52,7 @@ def router(tmp_path_factory):
 def uncompiled(monkeypatch):
     """Pieces as they are: what Inductor makes of them is tested elsewhere."""
     config = functools.partial(TIDEConfig, lowering="eager", compaction="never")
-    for module in ("generate", "inspect"):
+    for module in ("generate", "inspect", "tune"):
         monkeypatch.setattr(f"tide_compile.commands.{module}.TIDEConfig", config)
 
 
@@ -102,7 +108,15 @@ def stock(folder, text, **sampling):
 def test_inspect_router(router):
     """What it is, for which model, thresholds, certificate."""
     text = " ".join(call("inspect", router).stdout.split())
-    for part in ("num layers │ 3", "hidden size │ 64", "identity", "│ 0 │ 0.5 │ 0.250", "│ 1 │ 0.52 │ 0.500", "0.97"):
+    for part in (
+        "num layers │ 3",
+        "hidden size │ 64",
+        "identity",
+        "│ 0 │ 0.5 │ 0.250",
+        "│ 1 │ 0.52 │ 0.500",
+        "0.97",
+        "0.853 │ 0.831 │ 7",
+    ):
         assert part in text
     found = record("inspect", router)
     assert found["checkpoints"] == [0, 1] and found["certificate"]["tokens"] == 4096
@@ -131,6 +145,33 @@ def test_calibrate(deep, tmp_path):
     assert made["router"] == str(saved) and made["texts"] == 7 and made["data"] == str(data)
     assert RouterBank.load(saved).num_layers == 9
     assert "CalibrationDataError" in call("calibrate", deep, "--data", tmp_path / "none.txt", code=1).stderr
+
+
+def test_tune(folder, router, tmp_path, monkeypatch):
+    """From prompts to a file with thresholds. Catches prompts that calibration has read, thresholds that are not those
+    recommended, and a promise that is kept for other thresholds."""
+    monkeypatch.setattr("tide_compile.commands.tune.time_decoding", lambda *_, **__: {"off": [0.03], "on": [0.02]})
+    monkeypatch.setattr("tide_compile.commands.tune.measure_costs", lambda *_: Costs(4.0, 0.0, {0: 1.0, 1: 2.0}))
+    data, saved, plot = tmp_path / "texts.jsonl", tmp_path / "r.safetensors", tmp_path / "frontier.png"
+    lines = [json.dumps({"text": " ".join(f"w{3 + (i * j) % 120}" for j in range(40))}) for i in range(1, 9)]
+    data.write_text("\n".join(lines))
+    arguments = ["--router", router, "--data", data, "--prompts", 8, "--tokens", 4, "--max-disagreement", 1]
+    made = record("tune", folder, *arguments, "--save", saved, "--plot", plot)
+    assert made["prompts"] == 8 and made["speedup_of_recommended"]["speedup"] == pytest.approx(1.5)
+    bank = RouterBank.load(saved)
+    assert {str(n): t for n, t in bank.thresholds.items()} == made["recommended"]["thresholds"]
+    assert "certificate" not in bank.metadata and bank.metadata["tuned"]["disagreement"] <= 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "1.500 times as fast" in call("tune", folder, *arguments).stdout
+    done = call("tune", folder, *arguments[:-1], 0, "--min-speedup", 9, code=1)
+    assert "No point keeps what was asked for." in done.stdout or "pays on this machine" in done.stdout
+    assert "give --data" in call("tune", folder, "--router", router, code=1).stderr
+
+
+def test_tuning_passes_over_calibration(router):
+    bank = RouterBank.load(router)
+    bank.metadata |= {"data": "texts.txt+self", "config": {"calibration_samples": 6}}
+    assert tuning_data(bank, None) == ("texts.txt+self", 6) and tuning_data(bank, "other.txt") == ("other.txt", 0)
 
 
 def test_doctor(deep, folder, router, monkeypatch):

@@ -30,7 +30,7 @@ from tide_compile.screen import prices_for, thresholds_at
 log = logging.getLogger("tide_compile")
 
 PROMISE = "certificate"  # its name in a bank's metadata
-_PARTS = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)  # of what can be certified: the losses of candidates at first sight
+_PARTS = (0.5, 0.75, 1.0, 1.25)  # of what can be certified: the losses of candidates at first sight
 
 
 def p_value(loss: float, prompts: int, bound: float) -> float:

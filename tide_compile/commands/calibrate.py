@@ -60,5 +60,20 @@ def checkpoint_table(bank: RouterBank) -> Table:
     return table
 
 
+def reliability_rows(bank: RouterBank) -> tuple[list[str], list[list[str]]]:
+    """How far scores can be trusted, on held-out tokens, as headers and rows: per interval of scores, for each
+    checkpoint, the mean score, the share that agrees, and tokens."""
+    curves = {layer: {r["from"]: r for r in curve} for layer, curve in bank.metadata.get("reliability", {}).items()}
+    headers = ["score", *(f"{layer}: {what}" for layer in curves for what in ("mean", "agree", "tokens"))]
+    rows = []
+    for low in sorted({low for curve in curves.values() for low in curve}):
+        cells = [f"{low:.1f} to {low + 0.1:.1f}"]
+        for curve in curves.values():
+            r = curve.get(low)
+            cells += [""] * 3 if r is None else [f"{r['score']:.3f}", f"{r['agreement']:.3f}", str(r["tokens"])]
+        rows.append(cells)
+    return headers, rows
+
+
 def _cell(value: object) -> str:
     return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import BatchEncoding
 from transformers.generation.streamers import BaseStreamer
 
-from tide_compile.commands.calibrate import checkpoint_table
+from tide_compile.certify import PROMISE
+from tide_compile.commands.calibrate import checkpoint_table, reliability_rows
 from tide_compile.commands.generate import encode
 from tide_compile.commands.output import console, print_json, size_of, working
 from tide_compile.config import TIDEConfig
@@ -58,7 +59,13 @@ def inspect_router(path: Path, as_json: bool) -> None:
         shown["thresholds"] = "none of its own: exit_threshold, or its default, holds at every checkpoint"
     console().print(_grid(shown))
     console().print(checkpoint_table(bank))
-    certificate = bank.metadata.get("certificate")
+    headers, rows = reliability_rows(bank)
+    if rows:
+        table = Table(*headers, title="reliability: scores, and what became of them")
+        for row in rows:
+            table.add_row(*row)
+        console().print(table)
+    certificate = bank.metadata.get(PROMISE)
     if isinstance(certificate, dict):
         console().print(_grid(certificate, title="certificate"))
 
