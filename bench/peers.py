@@ -2,7 +2,8 @@
 
 Contenders take turns, one token each (of those that only have ``generate``: the time of 5 tokens less that of 1,
 divided by 4): eager, stock Inductor, tide without exits, tide with all tokens leaving after N/3 of the layers,
-transformers' ``assistant_early_exit`` there, and, where they are installed, ``tide-inference`` 0.2.1 from PyPI
+transformers' ``assistant_early_exit`` there, with ``--router FILE`` tide with the thresholds of that file (tokens take as
+long as they need, so look at its mean), and, where they are installed, ``tide-inference`` 0.2.1 from PyPI
 (untrained routers, threshold 1: nobody leaves) and llama.cpp (llama-cpp-python, the same weights written in the dtype
 of the run). ``same``: of the first 32 greedy tokens, how many come before the first that differs from eager's.
 """
@@ -14,7 +15,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers import StaticCache
 from bench.models import SMOLLM2, load_model
 from bench.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
+from tide_compile.certify import PROMISE
 from tide_compile.commands.demo_model import demo_model_file
 
 CONTEXT, CACHE, TOKENS, PIECE = 64, 256, 32, 4
@@ -156,7 +158,17 @@ def write_gguf(source: Path, target: str, dtype: torch.dtype) -> None:
     writer.close()
 
 
-def contenders(model: nn.Module, ids: torch.Tensor, folder: str, is_smollm2: bool) -> dict[str, Contender]:
+def routed(model: nn.Module, ids: torch.Tensor, path: str) -> tuple[str, Contender]:
+    """A router file as a contender, named by its promise."""
+    bank = RouterBank.load(path)
+    certificate = bank.metadata.get(PROMISE)
+    name = f"tide certified {certificate['bound']:.0%}" if certificate else f"tide {Path(path).stem}"
+    return name, compiled(model, torch.compile(model, backend="tide", options={"router": bank}), ids)
+
+
+def contenders(
+    model: nn.Module, ids: torch.Tensor, folder: str, is_smollm2: bool, routers: Sequence[str] = ()
+) -> dict[str, Contender]:
     n = model.config.num_hidden_layers
     bank = RouterBank.untrained(model.config.hidden_size, n)
     forced = {"router": bank, "exit_threshold": 0.0, "min_layers": n // 3, "checkpoint_interval": n // 3}
@@ -165,6 +177,7 @@ def contenders(model: nn.Module, ids: torch.Tensor, folder: str, is_smollm2: boo
         "inductor": compiled(model, torch.compile(model), ids),
         "tide off": compiled(model, torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), ids),
         f"tide exit {n // 3}": compiled(model, torch.compile(model, backend="tide", options=forced), ids),
+        **dict(routed(model, ids, path) for path in routers),
         "assistant_early_exit": early_exit_assistant(model, ids),
     }
     if importlib.util.find_spec("TIDE"):
@@ -188,13 +201,18 @@ def same_tokens(found: list[int], wanted: list[int]) -> int:
 
 def table(timings: dict[str, Timing], extra: dict[str, str]) -> list[list[object]]:
     base = timings["inductor"].median
-    return [[n, *t.cells(), f"{t.median / base:.2f}", extra.get(n, "")] for n, t in timings.items()]
+    return [
+        [n, *t.cells(), f"{t.median / base:.2f}", f"{t.mean * 1e3:.1f}", extra.get(n, "")] for n, t in timings.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="smollm2, a hub name or a folder (llama.cpp: smollm2 only)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--router", action="append", default=[], help="router file to run as well; more than once: each"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="tokens timed per contender")
     parser.add_argument("--prompt", type=int, default=192, help="tokens of the prompt that is timed, 0: none")
     parser.add_argument("--json", help="also write the results to <json>.decode and <json>.prefill")
@@ -207,11 +225,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, model.config.vocab_size - 1, (max(args.prompt, 2),), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as folder:
-        found = contenders(model, ids, folder, args.model == SMOLLM2)
+        found = contenders(model, ids, folder, args.model == SMOLLM2, args.router)
         tokens = {name: contender.decode(TOKENS) for name, contender in found.items()}
         same = {name: f"{same_tokens(t, tokens['eager'])} of {TOKENS}" for name, t in tokens.items()}
         timings = interleave({name: decoding(contender) for name, contender in found.items()}, args.rounds)
-        headers = ["", "ms per token", "quartiles", "to inductor", "same"]
+        headers = ["", "ms per token", "quartiles", "to inductor", "mean", "same"]
         title = f"decode, {args.model}, {args.dtype}, batch 1, context {CONTEXT} to {CACHE}"
         show(title, headers, table(timings, same), args.json and f"{args.json}.decode")
         if args.prompt:
@@ -220,7 +238,7 @@ def main() -> None:
                 step()  # compiles
             timings = interleave(steps, max(3, args.rounds // 4))
             title = f"prefill of {args.prompt} tokens, {args.model}, {args.dtype}, batch 1"
-            show(title, ["", "ms", *headers[2:4], ""], table(timings, {}), args.json and f"{args.json}.prefill")
+            show(title, ["", "ms", *headers[2:5], ""], table(timings, {}), args.json and f"{args.json}.prefill")
 
 
 if __name__ == "__main__":
