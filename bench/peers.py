@@ -2,8 +2,8 @@
 
 Contenders take turns, one token each (of those that only have ``generate``: the time of 5 tokens less that of 1,
 divided by 4): eager, stock Inductor, tide without exits, tide with all tokens leaving after N/3 of the layers,
-transformers' ``assistant_early_exit`` there, with ``--router FILE`` tide with the thresholds of that file (tokens take as
-long as they need, so look at its mean), and, where they are installed, ``tide-inference`` 0.2.1 from PyPI
+transformers' ``assistant_early_exit`` there, with ``--router FILE`` tide with the thresholds of that file (tokens take
+as long as they need, so look at its mean), and, where they are installed, ``tide-inference`` 0.2.1 from PyPI
 (untrained routers, threshold 1: nobody leaves) and llama.cpp (llama-cpp-python, the same weights written in the dtype
 of the run). ``same``: of the first 32 greedy tokens, how many come before the first that differs from eager's.
 """
