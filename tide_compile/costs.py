@@ -16,7 +16,6 @@ from tide_compile.executor import exit_threshold
 from tide_compile.routers import RouterBank
 from tide_compile.times import TokenClock
 
-_NEVER = 1 - 2**-24  # the largest threshold that is a checkpoint still
 _TOKENS = 12  # timed in a row, unless asked for otherwise
 _ROUNDS = 5
 
@@ -50,11 +49,11 @@ class Costs:
 def measure_costs(model: nn.Module, bank: RouterBank, config: TIDEConfig, prompt: Sequence[int]) -> Costs:
     """Compile a model with all checkpoints of a bank, and without any, and time decoding after ``prompt`` in turns:
     no checkpoints, nobody leaves, everybody leaves at each of them."""
-    watched = TIDE(model, replace(bank, thresholds=dict.fromkeys(bank.layers, _NEVER)), config)
+    watched = TIDE(model, replace(bank, thresholds=dict.fromkeys(bank.layers, 0.5)), config)
     plain = TIDE(model, None, replace(config, exit_threshold=1.0))
     passed = {layer: number for number, layer in enumerate(bank.layers, 1)}
     found = time_decoding(
-        {"off": (plain, None), "all": (watched, None), **{layer: (watched, {layer: 0.0}) for layer in passed}}, prompt
+        {"off": (plain, None), "all": (watched, 1.0), **{layer: (watched, {layer: 0.0}) for layer in passed}}, prompt
     )
     off, everything = (statistics.median(found[name]) for name in ("off", "all"))
     each = max(0.0, (everything - off) / len(passed))
