@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from tide_compile.passes.cost import FLOPS, KEYS, MOVED, flops_of, keys_of
+from tide_compile.passes.frozen_states import add_frozen_states
 from tide_compile.passes.fx_tools import (
     add_placeholder,
     mutated_arguments,
@@ -33,9 +34,9 @@ def compact_rows(program: Program, plan: Plan) -> Program:
 
     Before: ``h' = layer(h)`` on [B, S, H]. After: with ``rows`` the indices of n tokens, all active ones among them,
     queries, attention, MLP and residual stream are [.., n, H]; keys, values and whatever else is written to a cache
-    are computed for all rows, from ``h`` scattered back over the frozen states at each boundary. Every value that
-    crosses from the first set of nodes to the second is gathered (norms, cos and sin, masks), and ``is_causal``
-    becomes a mask.
+    are computed for all rows, from ``h`` scattered back over the states of rows that have left at each boundary. Every
+    value that crosses from the first set of nodes to the second is gathered (norms, cos and sin, masks), and
+    ``is_causal`` becomes a mask.
 
     1. Tokens of one sequence, or of several with a row of indices [B, n] each: along the sequence.
     2. One token for each of several sequences (decoding): along the batch, caches too.
@@ -51,10 +52,11 @@ def compact_rows(program: Program, plan: Plan) -> Program:
         if not plan.follows_checkpoint(segment):
             continue
         piece, _ = with_running_rows(program.pieces[f"segment_{segment}"], plan, segment)
+        piece, states = add_frozen_states(piece, plan, segment)
         key = structure_key(piece.graph)
         if key not in done:
             try:
-                done[key] = _compact(piece, plan, segment)
+                done[key] = _compact(piece, states, plan, segment)
             except Exception as error:  # the masked segment is as right, and a model must not fail for want of this one
                 log.warning("no compact form of segments like segment_%d, they are masked: %r", segment, error)
                 done[key] = "the part that is not understood"
@@ -75,17 +77,18 @@ def axis_of(hidden: torch.Tensor) -> Axis:
     return Axis(1) if isinstance(batch, int) and batch == 1 else Axis(1, 0)
 
 
-def _compact(piece: Piece, plan: Plan, segment: int) -> tuple[GraphModule, list[int]] | str:
+def _compact(piece: Piece, states: list[Node], plan: Plan, segment: int) -> tuple[GraphModule, list[int]] | str:
     """The compact graph and which of its possible inputs it takes, or the operator that mixes rows."""
     boundaries = [plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)]
-    gm, boundaries = retrace(piece.graph, boundaries)
+    gm, watched = retrace(piece.graph, [*boundaries, *(n.name for n in states)])
+    left = dict(zip(watched[: len(states)], watched[len(states) :], strict=True))
     placeholders = gm.graph.find_nodes(op="placeholder")
     frozen, active = (placeholders[piece.inputs.index(name)] for name in (HIDDEN, ACTIVE))
     hidden = value_of(frozen)
     axis = axis_of(hidden)
     shape = [hidden.shape[d] for d in sorted(axis.dims)]
     rows = add_placeholder(gm.graph, ROWS, hidden.new_empty(shape, dtype=torch.int64))
-    sets = _RowSets.of(gm.graph, frozen, set(boundaries), axis)
+    sets = _RowSets.of(gm.graph, frozen, left, axis)
     if sets.mixing is not None:
         return sets.mixing
     graph = _Rewriter(sets, frozen, active, rows).run(gm.graph)
@@ -98,10 +101,10 @@ def _compact(piece: Piece, plan: Plan, segment: int) -> tuple[GraphModule, list[
 @dataclass(slots=True)
 class _RowSets:
     """``whole``: nodes computed for all rows. ``calls``: how to call the others. ``axes``: where rows are, for every
-    value in which each row stands for itself. ``boundaries``: the residual stream. ``mixing``: the operator that
-    forbids it, or None."""
+    value in which each row stands for itself. ``boundaries``: the residual stream behind each layer, with the state of
+    rows that have left there. ``mixing``: the operator that forbids it, or None."""
 
-    boundaries: set[Node]
+    boundaries: dict[Node, Node]
     axis: Axis
     axes: dict[Node, Axis] = field(default_factory=dict)
     calls: dict[Node, Call] = field(default_factory=dict)
@@ -109,9 +112,9 @@ class _RowSets:
     mixing: str | None = None
 
     @classmethod
-    def of(cls, graph: Graph, frozen: Node, boundaries: set[Node], axis: Axis) -> _RowSets:
+    def of(cls, graph: Graph, frozen: Node, boundaries: dict[Node, Node], axis: Axis) -> _RowSets:
         sets = cls(boundaries, axis, {frozen: axis})
-        stops, roots, dependent = boundaries | {frozen}, set(), {frozen}
+        stops, roots, dependent = {*boundaries, frozen}, set(boundaries.values()), {frozen}
         for node in graph.nodes:
             operands = node.all_input_nodes
             if dependent.isdisjoint(operands):
@@ -200,11 +203,11 @@ class _Rewriter:
         self.some[node, call.axis] = result
 
     def _meet(self, boundary: Node) -> None:
-        """Rows that have left keep their state; the full stream is the frozen one with the others written over it."""
-        axis = self.sets.axis
-        merged = self._call(aten.where.self, self.flags, self.some[boundary, axis], self._taken(self.frozen, axis))
+        """Rows that have left keep their state; the full stream is theirs with the others written over it."""
+        axis, state = self.sets.axis, self.sets.boundaries[boundary]
+        merged = self._call(aten.where.self, self.flags, self.some[boundary, axis], self._taken(state, axis))
         self.some[boundary, axis] = merged
-        frozen = self.all[self.frozen]
+        frozen = self.all[state]
         if axis.batch is None:
             whole = self._call(aten.index_copy.default, frozen, axis.row, self.all[self.rows], merged)
         else:

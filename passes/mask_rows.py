@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from tide_compile.passes.frozen_states import add_frozen_states
 from tide_compile.passes.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
 from tide_compile.passes.plan import ACTIVE, HIDDEN, VALID, Piece, Plan, Program
@@ -14,10 +15,10 @@ from torch.fx import Node
 def mask_rows(program: Program, plan: Plan) -> Program:
     """Add ``segment_<i>.masked`` for every segment that can see exited rows.
 
-    Before: ``h' = layer(h)``. After, behind every layer: ``h' = where(left, h_in, layer(h))`` with ``h_in`` the
-    segment's input, which already holds the frozen state of the rows that have left. So K and V of these rows come
-    from their frozen state. With ``zero_pad`` they are set to zero where they enter the cache (or, without a cache,
-    attention). Padding does not leave: recurrent layers carry what they make of it on to real tokens.
+    Before: ``h' = layer(h)``. After, behind every layer: ``h' = where(left, s', layer(h))`` with ``s'`` the state of
+    rows that have left (``frozen_states``). So K and V of these rows come from it. With ``zero_pad`` they are set to
+    zero where they enter the cache (or, without a cache, attention). Padding does not leave: recurrent layers carry
+    what they make of it on to real tokens.
 
     Safe because rows only meet in attention, and active rows see there exactly the K and V that the eager
     reference gives them. Left out when a call has one row: then all rows have exited or none has.
@@ -58,14 +59,14 @@ def with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, No
 
 def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
     piece, running = with_running_rows(piece, plan, segment)
+    piece, states = add_frozen_states(piece, plan, segment)
     graph = piece.graph.graph
-    frozen = graph.find_nodes(op="placeholder")[piece.inputs.index(HIDDEN)]
-    boundaries = {plan.boundaries.leaving[layer] for layer in plan.segment_layers(segment)}
+    boundaries = {plan.boundaries.leaving[n]: s for n, s in zip(plan.segment_layers(segment), states, strict=True)}
     for node in [n for n in graph.nodes if n.name in boundaries]:
         with graph.inserting_after(node):
             column = call(graph, "unsqueeze", running, -1)
         with graph.inserting_after(column):
-            merged = graph.call_function(torch.where, (column, node, frozen))
+            merged = graph.call_function(torch.where, (column, node, boundaries[node.name]))
         merged.meta["example_value"] = value_of(node)
         node.replace_all_uses_with(merged, delete_user_cb=lambda user, merged=merged: user is not merged)
     piece.graph.recompile()

@@ -28,18 +28,20 @@ class Settings:
 
     Router tensors: ``down`` [D, H], ``up`` [1, D] and ``threshold`` [], fp32; those of ``tide::probe``, where there is
     one. ``norm_weight`` [H] and ``norm_bias`` [H] or None belong to the normalisation in front of every router.
-    ``projections`` maps a layer to the tensors of ``tide::project``.
+    ``projections`` maps a layer to the tensors of ``tide::project``. ``shortcuts`` maps a layer to the tensors ``down``
+    [R, H], ``weight`` [H, R] and ``bias`` [H] of what stands in for it where it is skipped.
     """
 
     checkpoint_interval: int
     min_layers: int
-    kv_cache_strategy: Literal["propagate", "zero_pad"]
+    kv_cache_strategy: Literal["propagate", "shortcut", "zero_pad"]
     routers: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     norm_weight: torch.Tensor | None = None
     norm_bias: torch.Tensor | None = None
     norm_eps: float = 1e-6
     layer_norm: bool = False
     projections: dict[int, dict[str, torch.Tensor]] | None = None
+    shortcuts: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     expected_layers: int | None = None
     compact: bool = True  # whether segments get a compact form
 
@@ -50,6 +52,15 @@ class Settings:
         if self.projections is not None:
             named |= {f"projection.{layer}.{n}": t for n, t in self.projections[layer].items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def shortcut(self, layer: int) -> dict[str, torch.Tensor]:
+        """The tensors ``down``, ``weight``, ``bias`` of a layer's shortcut by environment name; empty where none is."""
+        tensors = self.shortcuts.get(layer, {})
+        return {f"shortcut.{layer}.{n}": tensors[n] for n in ("down", "weight", "bias") if tensors}
+
+    def shortcut_constants(self) -> dict[str, torch.Tensor]:
+        """The tensors of all shortcuts by environment name."""
+        return {name: tensor for layer in self.shortcuts for name, tensor in self.shortcut(layer).items()}
 
 
 @dataclass(frozen=True, slots=True)

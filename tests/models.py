@@ -16,6 +16,8 @@ from transformers import (
     StaticCache,
 )
 
+from tide_compile.networks import Projection
+
 VOCABULARY, HIDDEN, LAYERS = 128, 64, 4
 _WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4}
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": LAYERS}
@@ -45,6 +47,16 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTra
             if parameter.dim() > 1:
                 parameter.mul_(3)
     return model
+
+
+def shortcuts(rank: int = 4) -> dict[int, Projection]:
+    """Of all layers but the first and the last, each of another direction and no small step."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = {"weight": (HIDDEN, rank), "bias": (HIDDEN,), "down": (rank, HIDDEN)}
+    return {
+        layer: Projection(**{n: torch.randn(s, generator=generator) / 4 for n, s in shapes.items()})
+        for layer in range(1, LAYERS - 1)
+    }
 
 
 def prompt(batch: int, length: int = 9, padding: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

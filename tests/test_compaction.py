@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria
 import tide_compile
 from bench.family_configs import build
 from tests.checks import assert_close, check, threshold_between
-from tests.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, tiny
+from tests.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
 from tests.test_passes import capture, passes
 from tests.test_passes import settings as plan_settings
 from tide_compile import TIDE, RouterBank, TIDEConfig
@@ -23,7 +23,7 @@ CASES = st.fixed_dictionaries(
         "name": st.sampled_from(list(CONFIGS)),
         "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
         "cache": st.sampled_from(CACHES),
-        "strategy": st.sampled_from(["propagate", "zero_pad"]),
+        "strategy": st.sampled_from(["propagate", "shortcut", "zero_pad"]),
         "batch": st.integers(1, 5),
         "length": st.integers(1, 20),
         "padding": st.sampled_from(["none", "left", "right"]),
@@ -64,6 +64,7 @@ def sweep(case):
     tokens = int(mask.sum())
     share = {"none": 0, "one": 1 / tokens, "half": 0.5, "all but one": 1 - 1 / tokens, "all": 1}[case["left"]]
     bank = RouterBank.synthetic(model, ids, {case["layer"]: share}, attention_mask=mask, seed=case["seed"])
+    bank.shortcuts = shortcuts()
     common = {"lowering": "eager", "kv_cache_strategy": case["strategy"]}
     with tide_compile.eager_reference(model, bank, TIDEConfig(**CHOSEN, **common)) as reference:
         want = run(model, model, ids, mask, case["cache"])

@@ -5,8 +5,9 @@ import torch
 
 import tide_compile
 from tests.checks import assert_close, check, threshold_between
-from tests.models import CACHES, CONFIGS, HIDDEN, LAYERS, logits_of, tiny
-from tide_compile import RouterBank
+from tests.models import CACHES, CONFIGS, HIDDEN, LAYERS, logits_of, prompt, shortcuts, tiny
+from tide_compile import RouterBank, TIDEConfig
+from tide_compile.errors import ConfigError, RouterFileError
 
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
 SINGLE = pytest.param(1, marks=pytest.mark.slow)  # the sweep of test_compaction.py has a part of these cases
@@ -55,6 +56,44 @@ def test_all_exit(name, cache, strategy):
     assert stats.exits_per_layer == {1: stats.total_tokens}
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("name", "batch"), [("rmsnorm-rope-gqa", 1), ("sliding-window", 4), ("parallel-residual", 4)])
+def test_shortcuts(name, cache, batch):
+    """Some leave, then all. Catches a shortcut of another layer, one that active rows go through, one too many or too
+    few on the way, and a state that does not get from one segment to the next."""
+    model = tiny(name)
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    bank.shortcuts = shortcuts()
+    settings = {"lowering": "eager", **SETTINGS, "min_layers": 1}
+    threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
+    assert check(model, bank, cache, batch, threshold, **settings).total_exited > 0
+    check(model, bank, cache, batch, 0.0, **settings)
+
+
+def test_shortcuts_are_asked_for_or_come_with_the_routers(model, bank, tmp_path):
+    """Catches a file that loses them, and a strategy that is silently another."""
+    bank.shortcuts = shortcuts()
+    bank = RouterBank.load(bank.save(tmp_path / "r.safetensors"))
+    ids, logits = prompt(1)[0], {}
+    options = {**SETTINGS, "min_layers": 1, "lowering": "eager"}
+    options["exit_threshold"] = threshold_between(model, bank, 0.5, "none", 1, **options)
+    for strategy in ("auto", "shortcut", "propagate", "zero_pad"):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            model, backend="tide", options={"router": bank, **options, "kv_cache_strategy": strategy}
+        )
+        with torch.no_grad():
+            logits[strategy] = compiled(ids, use_cache=False).logits
+    assert torch.equal(logits["auto"], logits["shortcut"])
+    assert len({tuple(x.flatten().tolist()) for x in logits.values()}) == 3
+    config = TIDEConfig(kv_cache_strategy="shortcut")
+    with pytest.raises(ConfigError, match="have none"):
+        RouterBank.untrained(HIDDEN, LAYERS).settings(config, torch.device("cpu"), torch.float32)
+    del bank.shortcuts[2]
+    with pytest.raises(RouterFileError, match=r"layers \[2\]"):
+        bank.settings(config, torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_affine_projection(dtype, batch):
@@ -87,7 +126,7 @@ def test_nan_never_exits():
 @pytest.mark.parametrize(
     ("name", "cache", "batch", "strategy"),
     [
-        ("rmsnorm-rope-gqa", "dynamic", 2, "propagate"),
+        ("rmsnorm-rope-gqa", "dynamic", 2, "shortcut"),
         pytest.param("layernorm-learned-positions", "static", 2, "zero_pad", marks=pytest.mark.slow),
         ("parallel-residual", "none", 2, "zero_pad"),
         pytest.param("sliding-window", "static", 1, "propagate", marks=pytest.mark.slow),
@@ -97,6 +136,7 @@ def test_inductor_lowering(name, cache, batch, strategy):
     """Catches what only compiled code gets wrong: aliasing, symbolic sizes, twins wired to the wrong weights."""
     model = tiny(name)
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    bank.shortcuts = shortcuts()
     settings = {"kv_cache_strategy": strategy, **SETTINGS}
     threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
     assert check(model, bank, cache, batch, threshold, **settings).total_exited > 0

@@ -93,10 +93,14 @@ def calibrate(
     named = str(source) if isinstance(source, str | Path) else None
     facts = {"data": named or type(source).__name__, "chat": chat, "seed": seed, "max_length": max_length}
     partial = path.with_name(f".{path.name}.partial") if named else None
+    strategy = config.kv_cache_strategy
+    shortcuts = strategy == "shortcut" or (strategy == "auto" and config.exit_strategy != "identity")
+    watched = tuple(range(layers[0], len(decoder.layers) - 1)) if shortcuts else layers
     collected = gather(
-        decoder, corpus, layers, config.calibration_samples, moments=config.exit_strategy != "identity",
+        decoder, corpus, watched, config.calibration_samples,
+        moments=() if config.exit_strategy == "identity" else layers,
         batch_size=batch_size, partial=partial, progress=progress,
-        signature={"model": mark, "layers": layers, "samples": config.calibration_samples, **facts},
+        signature={"model": mark, "layers": [layers, watched], "samples": config.calibration_samples, **facts},
     )  # fmt: skip
     if _is_first():
         bank = fit_bank(decoder, layers, collected, config, seed, progress)

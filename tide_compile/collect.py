@@ -106,9 +106,11 @@ class Reservoir:
 
 @dataclass(slots=True)
 class Collected:
-    """What the passes over the texts leave behind; ``grams`` is empty for identity exits."""
+    """What the passes over the texts leave behind: states behind ``layers`` and behind the last one, and second moments
+    by layer (none for identity exits)."""
 
-    grams: list[Gram]
+    layers: tuple[int, ...]
+    grams: dict[int, Gram]
     train: Reservoir
     held_out: Reservoir
     shards: int = 0
@@ -116,8 +118,12 @@ class Collected:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by name; writing into these changes it."""
-        parts = {"train": self.train, "held_out": self.held_out} | {f"gram_{i}": g for i, g in enumerate(self.grams)}
+        parts = {"train": self.train, "held_out": self.held_out} | {f"gram_{n}": g for n, g in self.grams.items()}
         return {f"{part}.{name}": t for part, owner in parts.items() for name, t in owner.tensors.items()}
+
+    def states(self, part: Reservoir, layer: int) -> Tensor:
+        """[T, H] of one of the parts, behind a layer; -1: behind the last."""
+        return part.at(-1 if layer == -1 else self.layers.index(layer))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in self.tensors().items():
@@ -125,7 +131,7 @@ class Collected:
 
     def merge_processes(self) -> None:
         """Add up what the processes of ``torch.distributed`` have; afterwards each has all of it."""
-        for gram in self.grams:
+        for gram in self.grams.values():
             for tensor in gram.tensors.values():
                 dist.all_reduce(tensor)
         for reservoir in (self.train, self.held_out):

@@ -12,7 +12,7 @@ from tide_compile.passes.plan import Settings
 _CHOICES = {
     "exit_strategy": ("auto", "identity", "affine", "low_rank"),
     "router_kind": ("probe", "mlp"),
-    "kv_cache_strategy": ("propagate", "zero_pad"),
+    "kv_cache_strategy": ("auto", "shortcut", "propagate", "zero_pad"),
     "calibration_label": ("agreement", "cosine"),
     "lowering": ("inductor", "eager"),
     "fallback": (None, "inductor"),
@@ -38,8 +38,10 @@ class TIDEConfig:
         exit_strategy: what an exited state goes through before the final norm: ``"identity"`` (nothing), ``"affine"``
             (a learned map per checkpoint), ``"low_rank"`` (the same, factored) or ``"auto"`` (affine when calibrating;
             what the routers were calibrated with when running).
-        kv_cache_strategy: what skipped layers keep for an exited token: ``"propagate"`` (K and V of its frozen state)
-            or ``"zero_pad"`` (zeros, as the reference).
+        kv_cache_strategy: what skipped layers keep for an exited token: ``"shortcut"`` (K and V of a state that a small
+            learned map per layer leads on), ``"propagate"`` (K and V of its frozen state), ``"zero_pad"`` (zeros, as
+            the reference) or ``"auto"`` (shortcuts when calibrating; when running, those of the routers, or, if they
+            have none, ``"propagate"``).
         compaction: whether segments leave out rows that have exited: ``"auto"`` (where the cost model says that it
             pays), ``"always"`` or ``"never"`` (they are masked).
         compaction_threshold: share of active rows that must have left since the last decision before the next.
@@ -52,7 +54,7 @@ class TIDEConfig:
             reference's, sees the state only).
         router_bottleneck_dim: width of the router's hidden layer.
         probe_rank, probe_vocabulary: size of the probe's map, and number of tokens that it knows.
-        projection_rank: of ``"low_rank"`` projections.
+        projection_rank: of ``"low_rank"`` projections, and of shortcuts.
         distillation_steps: of 256 tokens, by which ``calibrate`` refines a projection; 0: ridge regression only.
         lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
@@ -63,7 +65,7 @@ class TIDEConfig:
     min_layers: int = 8
     checkpoint_interval: int = 4
     exit_strategy: str = "auto"
-    kv_cache_strategy: str = "propagate"
+    kv_cache_strategy: str = "auto"
     compaction: str = "auto"
     compaction_threshold: float = 0.25
     calibration_samples: int = 2000
@@ -119,7 +121,9 @@ class TIDEConfig:
     def settings(self, **routers: object) -> Settings:
         """What the passes need of this config; ``routers`` are the fields that a bank adds."""
         compact = self.compaction != "never"
-        return Settings(self.checkpoint_interval, self.min_layers, self.kv_cache_strategy, compact=compact, **routers)
+        strategy = "shortcut" if routers.get("shortcuts") else self.kv_cache_strategy
+        strategy = "propagate" if strategy == "auto" else strategy
+        return Settings(self.checkpoint_interval, self.min_layers, strategy, compact=compact, **routers)
 
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values."""

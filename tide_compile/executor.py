@@ -156,6 +156,7 @@ class Executor:
         )
         self._hidden, self._active, self._valid, self._out = (slots[n] for n in (HIDDEN, ACTIVE, VALID, OUT))
         self._score, self._leave, self._counts, self._rows = (slots[n] for n in (SCORE, LEAVE, COUNTS, ROWS))
+        self._keeps_out = plan.settings.projections is not None or bool(plan.settings.shortcuts)  # else the state is it
         self._compaction, self._read = compaction, DecisionReader(size=3)
         self._constants = {n: (t.shape, t.dtype) for n, t in program.constants.items()}
         self._settings_for = settings_for
@@ -195,10 +196,12 @@ class Executor:
             if trace is not None:
                 trace.decided(segment.checkpoint, env[self._score], env[self._leave], env[self._active])
             if leaving:
+                if not exits and self._keeps_out:
+                    env[self._out] = env[self._hidden]
                 if segment.project is not None:
-                    if not exits:
-                        env[self._out] = env[self._hidden]
                     segment.project(env)
+                elif exits and self._keeps_out:
+                    env[self._out] = scatter(env[self._hidden], env[self._leave], env[self._out])
                 exits[segment.checkpoint] = leaving
                 if remaining and self._compaction.possible and self._compaction.due(before, remaining):
                     env[self._rows] = self._compaction.rows(env[self._active], remaining, most)
@@ -263,6 +266,7 @@ class Executor:
         settings, compiled = self._settings_for(arguments), self.plan.settings
         layers = [layer for layer in self.plan.checkpoints if layer in settings.routers]
         found = {name: tensor for layer in layers for name, tensor in settings.constants(layer).items()}
+        found |= settings.shortcut_constants()
         alike = (settings.norm_eps, settings.layer_norm) == (compiled.norm_eps, compiled.layer_norm)
         if not alike or {n: (t.shape, t.dtype) for n, t in found.items()} != self._constants:
             raise RouterMismatchError(
@@ -271,7 +275,7 @@ class Executor:
                 "another of the same shape. Compile each with its own options={'router': ...}, or call "
                 "torch._dynamo.reset()."
             )
-        return self._bind(arguments, found)
+        return self._bind(arguments, {name: found[name] for name in self._constants})
 
 
 class _Trace:

@@ -5,6 +5,7 @@ Shapes: T tokens, C checkpoints, H hidden, V vocabulary, K probe vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -17,7 +18,7 @@ from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
 from tide_compile.decoder import Decoder
 from tide_compile.kernels.route import normalise_reference
 from tide_compile.networks import ProbeRouter, Projection, TokenRouter
-from tide_compile.project import distil, factor, fit_affine, kl
+from tide_compile.project import distil, factor, fit_affine, fit_shortcut, kl
 from tide_compile.routers import Norm, RouterBank
 from tide_compile.screen import screen
 from tide_compile.train import calibration_error, fit_probe, reliability, train_router
@@ -42,15 +43,16 @@ def fit_bank(
     full = {part: _predictions(decoder, part.at(-1)) for part in (train, held_out)}
     seen = None if config.router_kind == "mlp" else _logits_of_frequent(decoder, train, full[train], config)
     scores, correct = [], []
-    for index, layer in enumerate(tqdm(layers, "fit", unit="checkpoint", disable=not progress)):
-        projections = _projections(decoder, collected, index, config, seed)
+    for layer in tqdm(layers, "fit", unit="checkpoint", disable=not progress):
+        states_of = functools.partial(collected.states, layer=layer)
+        projections = _projections(decoder, collected, layer, config, seed)
         projection = projections[config.exit_strategy if config.exit_strategy in projections else "affine"]
         if projection is not None:
             bank.projections[layer] = projection
         project = projection or _identity
-        agreement = {part: (_predictions(decoder, project(part.at(index))) == full[part]).float() for part in full}
-        labels = agreement if config.calibration_label == "agreement" else _converged(full, index, config)
-        states = {part: _normed(part.at(index), norm) for part in full}
+        agreement = {part: (_predictions(decoder, project(states_of(part))) == full[part]).float() for part in full}
+        labels = agreement if config.calibration_label == "agreement" else _converged(collected, layer, config)
+        states = {part: _normed(states_of(part), norm) for part in full}
         router = _router(config, states[train], seen, seed)
         train_router(router, (states[train], labels[train]), (states[held_out], labels[held_out]), seed)
         bank.routers[layer] = router
@@ -60,23 +62,24 @@ def fit_bank(
         bank.metadata["reliability"][str(layer)] = curve
         bank.metadata["table"].append(
             {"layer": layer}
-            | _quality(decoder, projections, held_out, index)
+            | _quality(decoder, projections, states_of(held_out), held_out.at(-1))
             | _row(scores[-1], labels[held_out], agreement[held_out], config)
             | {"calibration error": round(calibration_error(curve), 3)}
         )
+    bank.shortcuts = _shortcuts(collected, config)
     bank.metadata["screen"] = screen(torch.stack(scores, 1), torch.stack(correct, 1), layers, len(decoder.layers))
     return bank
 
 
 def _projections(
-    decoder: Decoder, collected: Collected, index: int, config: TIDEConfig, seed: int
+    decoder: Decoder, collected: Collected, layer: int, config: TIDEConfig, seed: int
 ) -> dict[str, Projection | None]:
     """By the names of ``exit_strategy``; identity is None."""
     found: dict[str, Projection | None] = {"identity": None}
     if not collected.grams:
         return found
-    train, held_out = ((part.at(index), part.at(-1)) for part in (collected.train, collected.held_out))
-    gram = collected.grams[index]
+    train, held_out = ((collected.states(part, layer), part.at(-1)) for part in (collected.train, collected.held_out))
+    gram = collected.grams[layer]
     affine = fit_affine(gram, *held_out)
     found["affine"], found["low_rank"] = affine, factor(affine, gram, min(config.projection_rank, decoder.hidden_dim))
     wanted = "affine" if config.exit_strategy == "auto" else config.exit_strategy
@@ -85,6 +88,16 @@ def _projections(
             found[wanted], train, held_out, _head(decoder), config.distillation_steps, seed, decoder.device
         )
     return found
+
+
+def _shortcuts(collected: Collected, config: TIDEConfig) -> dict[int, Projection]:
+    """For every layer between two of those whose states were kept."""
+    states = {layer: collected.states(collected.train, layer) for layer in collected.layers}
+    pairs = [(n, n + 1) for n in collected.layers if n + 1 in states]
+    if len(pairs) < len(states) - 1:
+        return {}
+    rank = min(config.projection_rank, next(iter(states.values())).shape[-1])
+    return {behind: fit_shortcut(states[before], states[behind], rank) for before, behind in pairs}
 
 
 def _head(decoder: Decoder) -> Callable[[Tensor], Tensor]:
@@ -118,11 +131,11 @@ def _logits_of_frequent(decoder: Decoder, part: Reservoir, predictions: Tensor, 
 
 
 def _quality(
-    decoder: Decoder, projections: dict[str, Projection | None], part: Reservoir, index: int
+    decoder: Decoder, projections: dict[str, Projection | None], states: Tensor, targets: Tensor
 ) -> dict[str, float]:
     """Top-1 agreement, divergence in nats and cosine of each kind of projection, on held-out tokens."""
     row: dict[str, float] = {}
-    states, targets = part.at(index)[:_JUDGED], part.at(-1)[:_JUDGED]
+    states, targets = states[:_JUDGED], targets[:_JUDGED]
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in projections}
     for x, y in zip(states.split(_ROWS), targets.split(_ROWS), strict=True):
         wanted = decoder.logits(y.to(decoder.device)).float()
@@ -154,11 +167,11 @@ def _predictions(decoder: Decoder, states: Tensor) -> Tensor:
     return torch.cat([decoder.logits(rows.to(decoder.device)).argmax(-1).cpu() for rows in states.split(_ROWS)])
 
 
-def _converged(parts: dict[Reservoir, Tensor], index: int, config: TIDEConfig) -> dict[Reservoir, Tensor]:
+def _converged(collected: Collected, layer: int, config: TIDEConfig) -> dict[Reservoir, Tensor]:
     """The reference's label: cosine with the final state above ``convergence_threshold``."""
     cosine = {
-        part: torch.nn.functional.cosine_similarity(part.at(index).float(), part.at(-1).float(), dim=-1)
-        for part in parts
+        part: torch.nn.functional.cosine_similarity(collected.states(part, layer).float(), part.at(-1).float(), dim=-1)
+        for part in (collected.train, collected.held_out)
     }
     return {part: (c > config.convergence_threshold).float() for part, c in cosine.items()}
 

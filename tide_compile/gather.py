@@ -1,6 +1,6 @@
 """gather: one pass of the model over a corpus, shard by shard, resumable and shared out among processes.
 
-Shapes: B batch, S sequence, T tokens, C checkpoints, H hidden.
+Shapes: B batch, S sequence, T tokens, C layers, H hidden.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gather(
     layers: tuple[int, ...],
     limit: int,
     *,
-    moments: bool,
+    moments: tuple[int, ...],
     batch_size: int,
     partial: Path | None,
     signature: dict[str, object],
@@ -46,7 +46,8 @@ def gather(
     Within ``torch.distributed`` each process takes every W-th shard, and all get the whole result.
 
     Args:
-        layers: the C checkpoints. moments: also collect second moments. batch_size: rows at a time.
+        layers: the C layers whose states are kept. moments: those of them that second moments are kept of.
+        batch_size: rows at a time.
         partial: file that holds what is done so far, written after every shard; an interrupted run goes on from there
             if ``signature`` is the same.
 
@@ -86,11 +87,11 @@ def forget(partial: Path | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _empty(decoder: Decoder, layers: tuple[int, ...], moments: bool) -> Collected:
+def _empty(decoder: Decoder, layers: tuple[int, ...], moments: tuple[int, ...]) -> Collected:
     width, hidden, dtype = len(layers) + 1, decoder.hidden_dim, decoder.dtype
     capacity = max(256, min(_TOKENS, int(_BYTES / 1.25 / (width * hidden * dtype.itemsize))))
-    grams = [Gram(hidden, decoder.device) for _ in layers] if moments else []
-    return Collected(grams, *(Reservoir(n, width, hidden, dtype) for n in (capacity, capacity // 4)))
+    grams = {layer: Gram(hidden, decoder.device) for layer in moments}
+    return Collected(layers, grams, *(Reservoir(n, width, hidden, dtype) for n in (capacity, capacity // 4)))
 
 
 def _resume(collected: Collected, partial: Path, signature: dict[str, object]) -> None:
@@ -127,8 +128,8 @@ def _run(
             )
             states = torch.stack([captured[layer] for layer in wanted], 2)  # [B, S, C + 1, H]
             fitting = states[((counted > 0) & ~held_out[:, None]).to(decoder.device)]  # [T, C + 1, H]
-            for index, gram in enumerate(into.grams):
-                gram.add(fitting[:, index], fitting[:, -1])
+            for layer, gram in into.grams.items():
+                gram.add(fitting[:, layers.index(layer)], fitting[:, -1])
             into.train.add(fitting, dice)
             into.held_out.add(states[((counted > 0) & held_out[:, None]).to(decoder.device)], dice)
 

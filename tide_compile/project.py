@@ -49,6 +49,36 @@ def factor(affine: Projection, gram: Gram, rank: int) -> Projection:
     return Projection((weight / scale).float(), bias.float(), (down * scale[:, None]).float())
 
 
+def fit_shortcut(before: Tensor, behind: Tensor, rank: int, strength: float = 1e-2) -> Projection:
+    """What a skipped layer does to a state, as ``s + W (V s) + b`` of low rank: reduced-rank ridge regression.
+
+    Errors count relative to the size of the state behind the layer, as they do behind the norm that keys and values are
+    made through. After the linear shortcuts of Din et al. (2023), "Jump to Conclusions: Short-Cutting Transformers With
+    Linear Transformations", here from layer to layer, so that one set of maps serves all checkpoints.
+
+    Args:
+        before, behind: states [T, H] of the same tokens. strength: penalty, in units of the median variance.
+    """
+    x, y = before.double(), behind.double()
+    share = 1 / y.pow(2).mean(-1, keepdim=True).clamp_min(1e-12)
+    share = share / share.mean()
+    mean_x, mean_step = (share * x).mean(0), (share * (y - x)).mean(0)
+    x, step = x - mean_x, y - x - mean_step
+    covariance = (share * x).T @ x / len(x)
+    penalty = strength * covariance.diagonal().median().clamp_min(1e-12)
+    solved = torch.linalg.solve(
+        covariance + penalty * torch.eye(len(covariance), dtype=x.dtype), (share * x).T @ step / len(x)
+    )
+    values, vectors = torch.linalg.eigh(covariance)
+    root = values.clamp_min(values.max() * 1e-9).sqrt()
+    left, sizes, right = torch.linalg.svd(root[:, None] * (vectors.T @ solved), full_matrices=False)
+    scale = sizes[:rank].clamp_min(1e-12).sqrt()
+    down = ((vectors / root) @ left[:, :rank] * scale).T
+    weight = right[:rank].T * scale
+    bias = mean_step - weight @ (down @ mean_x)
+    return Projection(weight.float(), bias.float(), down.float())
+
+
 def distil(
     projection: Projection,
     train: tuple[Tensor, Tensor],

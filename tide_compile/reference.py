@@ -2,7 +2,8 @@
 
 The loop, for a state h [B, S, H] behind layer l::
 
-    h = where(exited, h_before, h)                     # an exited token keeps its frozen state
+    h = where(exited, s_l(h_before), h)                # an exited token keeps its frozen state, s_l(h) = h, or, with
+                                                       # shortcuts, is led on by them
     if l is a checkpoint:
         score = router_l(h);  leave = active & (score > threshold_l)
         out   = where(leave, project_l(h), out);  exited |= leave
@@ -17,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from tide_compile.config import TIDEConfig
 from tide_compile.decoder import Decoder, call_arguments, find_decoder, valid_tokens
@@ -54,10 +56,16 @@ class Reference:
             self.out = torch.zeros_like(hidden)
             self.exit_layers.append(torch.where(self.valid, self.last, PADDING))
             self.scores.append({})
-        hidden = torch.where(self.frozen.unsqueeze(-1), entered, hidden)
+        hidden = torch.where(self.frozen.unsqueeze(-1), self.led_on(layer, entered), hidden)
         if layer in self.checkpoints:
             self.decide(layer, hidden)
         return torch.where(self.exited.unsqueeze(-1), self.out, hidden) if layer == self.last else hidden
+
+    def led_on(self, layer: int, state: Tensor) -> Tensor:
+        tensors = self.settings.shortcuts.get(layer)
+        if tensors is None:
+            return state
+        return state + linear(linear(state, tensors["down"]), tensors["weight"], tensors["bias"])
 
     def decide(self, layer: int, hidden: Tensor) -> None:
         s = self.settings

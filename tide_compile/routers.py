@@ -48,6 +48,8 @@ class RouterBank:
             named are no checkpoints then. Empty: nothing was chosen. They are used where the config gives no
             ``exit_threshold``.
         projections: layer -> what an exited state goes through; empty for identity.
+        shortcuts: layer -> what leads the state of a token that has left past that layer, for the keys and values
+            behind it; one for each layer behind the first checkpoint but the last, or none at all.
         num_layers: layers of the model.
         fingerprint: of the model's weights; None accepts any model of that size.
         metadata: JSON-able facts: config, data, the calibration's table.
@@ -60,6 +62,7 @@ class RouterBank:
     fingerprint: str | None = None
     thresholds: dict[int, float] = field(default_factory=dict)
     metadata: dict[str, object] = field(default_factory=dict)
+    shortcuts: dict[int, Projection] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
@@ -130,7 +133,7 @@ class RouterBank:
         fp32.
 
         Raises:
-            ConfigError: the config asks for projections that the bank does not have.
+            ConfigError: the config asks for projections or shortcuts that the bank does not have.
         """
         if config.exit_strategy not in ("auto", "identity", self.exit_strategy):
             raise ConfigError(
@@ -170,8 +173,26 @@ class RouterBank:
             }
             if affine
             else None,
+            shortcuts=self._shortcuts(config, thresholds, device, dtype),
             expected_layers=self.num_layers,
         )
+
+    def _shortcuts(
+        self, config: TIDEConfig, checkpoints: Iterable[int], device: torch.device, dtype: torch.dtype
+    ) -> dict[int, dict[str, Tensor]]:
+        """Those that tokens which leave at these checkpoints need."""
+        if config.kv_cache_strategy not in ("auto", "shortcut"):
+            return {}
+        if config.kv_cache_strategy == "shortcut" and not self.shortcuts:
+            raise ConfigError(
+                "kv_cache_strategy='shortcut' needs shortcuts, and these routers have none: calibrate again, or choose "
+                "'propagate'."
+            )
+        needed = range(min(checkpoints, default=self.num_layers) + 1, self.num_layers - 1) if self.shortcuts else ()
+        missing = sorted(set(needed) - set(self.shortcuts))
+        if missing:
+            raise RouterFileError(f"these routers lack the shortcuts of layers {missing}. Calibrate again.")
+        return {n: {k: t.to(device, dtype) for k, t in self.shortcuts[n].tensors.items()} for n in needed}
 
     def _thresholds(self, config: TIDEConfig) -> dict[int, float]:
         """Layer -> threshold of the checkpoints that somebody can leave at."""
@@ -192,6 +213,8 @@ class RouterBank:
             tensors |= {f"router.{layer}.{n}": t for n, t in router.tensors.items()}
         for layer, projection in self.projections.items():
             tensors |= {f"projection.{layer}.{n}": t for n, t in Projection(*projection).tensors.items()}
+        for layer, shortcut in self.shortcuts.items():
+            tensors |= {f"shortcut.{layer}.{n}": t for n, t in shortcut.tensors.items()}
         header = {
             "format": FORMAT,
             "num_layers": self.num_layers,
@@ -246,15 +269,19 @@ class RouterBank:
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, *rest = name.split(".")
-            if kind in ("router", "projection"):
+            if kind in ("router", "projection", "shortcut"):
                 parts.setdefault((kind, int(rest[0])), {})[rest[1]] = tensor
         routers = {n: TokenRouter.from_tensors(found) for (kind, n), found in parts.items() if kind == "router"}
-        projections = {n: Projection(**found) for (kind, n), found in parts.items() if kind == "projection"}
+        projections, shortcuts = (
+            {n: Projection(**found) for (kind, n), found in parts.items() if kind == wanted}
+            for wanted in ("projection", "shortcut")
+        )
         norm = Norm(tensors["norm.weight"], tensors.get("norm.bias"), **header["norm"])
         known = ("format", "num_layers", "fingerprint", "norm", "thresholds")
         thresholds = {int(layer): value for layer, value in header.get("thresholds", {}).items()}
         metadata = {k: v for k, v in header.items() if k not in known}
-        return cls(routers, norm, header["num_layers"], projections, header["fingerprint"], thresholds, metadata)
+        found = (projections, header["fingerprint"], thresholds, metadata, shortcuts)
+        return cls(routers, norm, header["num_layers"], *found)
 
 
 def _load_reference(path: Path, model: nn.Module | None) -> RouterBank:
