@@ -30,8 +30,8 @@ from tide_compile.screen import prices_for, thresholds_at
 from tide_compile.texts import calibration_texts
 from tide_compile.tune import Point, measure_point, perplexity
 
-LEVELS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07)  # of disagreement at first sight, of the frontier
-THRESHOLDS = (0.5, 0.7, 0.85, 0.95)  # of the reference's recipe
+LEVELS = (0.003, 0.006, 0.01, 0.015, 0.02, 0.03)  # of disagreement at first sight, of the frontier
+THRESHOLDS = (0.3, 0.5, 0.85)  # of the reference's recipe
 HEADERS = ["", "exits by layer, % of tokens", "layers saved", "agreement", "perplexity"]
 TEXT_TOKENS = 256
 
@@ -39,7 +39,12 @@ TEXT_TOKENS = 256
 def reference_recipe(config: TIDEConfig, min_layers: int) -> TIDEConfig:
     """What tide-inference 0.2.1 does: label, exit and router."""
     return replace(
-        config, calibration_label="cosine", exit_strategy="identity", router_kind="mlp", min_layers=min_layers
+        config,
+        calibration_label="cosine",
+        exit_strategy="identity",
+        router_kind="mlp",
+        min_layers=min_layers,
+        kv_cache_strategy="zero_pad",
     )
 
 
@@ -49,8 +54,9 @@ def routers(
     """From the file, if an earlier run has left it there."""
     if path.is_file():
         return RouterBank.load(path)
-    return calibrate(model, tokenizer, config, path, dataset=f"{args.data}+self", num_samples=args.samples,
-                     batch_size=16)  # fmt: skip
+    own = "" if config.calibration_label == "cosine" else "+self"  # the reference reads texts only
+    return calibrate(model, tokenizer, config, path, dataset=f"{args.data}{own}", batch_size=16,
+                     num_samples=args.samples if own else args.samples // 2)  # fmt: skip
 
 
 def row(name: str, point: Point) -> list[str]:

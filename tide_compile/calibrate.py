@@ -22,6 +22,7 @@ from tide_compile.files import router_cache
 from tide_compile.fingerprint import fingerprint
 from tide_compile.fit import fit_bank
 from tide_compile.gather import forget, gather
+from tide_compile.refine import refine_shortcuts
 from tide_compile.registry import attach
 from tide_compile.routers import RouterBank
 
@@ -104,6 +105,9 @@ def calibrate(
     )  # fmt: skip
     if _is_first():
         bank = fit_bank(decoder, layers, collected, config, seed, progress)
+        if bank.shortcuts and config.distillation_steps:
+            rows = corpus.sample(config.calibration_samples)
+            bank.shortcuts = refine_shortcuts(decoder, bank, rows, config.distillation_steps, seed, progress)
         bank.fingerprint = mark
         bank.metadata |= {
             "config": config.to_dict(),

@@ -79,6 +79,12 @@ class Corpus:
                     break
                 yield lambda make=make, batch=batch, number=number, size=size: make(batch, number, size)
 
+    def sample(self, limit: int, shards: int = 4) -> list[Row]:
+        """Rows of up to so many of ``shards(limit)``, of all sources."""
+        found = list(self.shards(limit))
+        chosen = sorted({i * (len(found) - 1) // max(1, shards - 1) for i in range(shards)})
+        return [row for i in chosen for row in found[i]()]
+
     def prompts(self, count: int, limit: int) -> list[list[int]]:
         """Beginnings of up to ``count`` texts that come after those of ``shards(limit)``; where there are no texts, of
         ones that the model samples for this purpose."""
