@@ -30,7 +30,7 @@ from tide_compile.screen import prices_for, thresholds_at
 from tide_compile.texts import calibration_texts
 from tide_compile.tune import Point, measure_point, perplexity
 
-LEVELS = (0.003, 0.006, 0.01, 0.015, 0.02, 0.03)  # of disagreement at first sight, of the frontier
+LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08)  # of disagreement at first sight, of the frontier
 THRESHOLDS = (0.3, 0.5, 0.85)  # of the reference's recipe
 HEADERS = ["", "exits by layer, % of tokens", "layers saved", "agreement", "perplexity"]
 TEXT_TOKENS = 256

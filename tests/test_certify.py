@@ -1,5 +1,7 @@
 """A promise about thresholds, and the measurements that it rests on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,8 +10,10 @@ from tests.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.agreement import measure_agreement
 from tide_compile.certify import certify, certify_in_sequence, p_value, prompts_needed
+from tide_compile.corpus import Row
+from tide_compile.decoder import find_decoder
 from tide_compile.errors import ConfigError
-from tide_compile.screen import prices_for, screen, thresholds_at
+from tide_compile.screen import leaving, prices_for, screen, thresholds_at
 
 PROMPTS = prompt(8, padding=0)[0].tolist()
 
@@ -39,17 +43,37 @@ def test_sequence_stops_at_the_first_that_fails():
     assert [t.certified for t in trials] == [True, False]
 
 
-def test_screen_counts_tokens():
+def test_tokens_leave_at_the_first_checkpoint_they_may():
     """Two checkpoints of four layers. Catches a token counted at a checkpoint after the one it left at."""
     scores = torch.tensor([[0.999, 0.999], [0.2, 0.999], [0.2, 0.2], [0.999, 0.2]])
     correct = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    row = next(r for r in screen(scores, correct, (0, 1), 4) if r["price"] > 0.1)
-    assert row["disagreement"] == 0.25 and row["layers saved"] == pytest.approx((0.75 + 0.5 + 0.75) / 4)
+    assert leaving(scores, correct, {0: 0.9, 1: 0.9}) == (0.25, {0: 0.5, 1: 0.25})
     assert thresholds_at(0.4, (0, 1), 4) == {0: pytest.approx(0.7), 1: pytest.approx(0.8)}
     assert prices_for([{"price": p, "disagreement": p / 10} for p in (0.1, 0.2, 0.4)], (0.005, 0.02, 0.03)) == [
         0.1,
         0.2,
     ]
+
+
+def test_screen_reads_texts_with_exits(model, bank):
+    """What was written only, without padding. Catches tokens of the prompt, and exits that leave nothing behind."""
+    rows = [Row([*range(3, 12)], 4, True), Row([*range(20, 26)], 2, True), Row([*range(40, 60)], 0, True)]
+    table = screen(find_decoder(model), bank, TIDEConfig(kv_cache_strategy="propagate"), rows)
+    assert [r["price"] for r in table] == sorted(r["price"] for r in table) and table[0]["layers saved"] == 0
+    for row in (table[0], table[-1]):
+        chosen = replace(bank, thresholds=thresholds_at(row["price"], bank.layers, LAYERS))
+        wrong, saved = 0, 0
+        for one in rows[:2]:
+            ids = torch.tensor([one.ids])
+            with torch.no_grad():
+                wanted = model(ids).logits.argmax(-1)
+                with tide_compile.eager_reference(model, chosen, TIDEConfig()) as reference:
+                    ours = model(ids).logits.argmax(-1)
+            wrong += int((ours != wanted)[0, one.start :].sum())
+            saved += int((LAYERS - 1 - reference.exit_layers[0])[0, one.start :].sum())
+        assert row["disagreement"] == pytest.approx(wrong / 9, abs=1e-5)
+        assert row["layers saved"] == pytest.approx(saved / 9 / LAYERS, abs=1e-5)
+    assert table[-1]["layers saved"] > 0
 
 
 def test_agreement_of_a_model_with_itself(model, bank):

@@ -59,11 +59,8 @@ class Outcome:
     @property
     def stats(self) -> ExitStats:
         """Exits of the generated tokens; prompts are not counted."""
-        layers = torch.cat([g.exit_layers for g in self.generations])
-        left = layers[layers < self.num_layers - 1]
-        found, counts = left.unique(return_counts=True)
         stats = ExitStats()
-        stats.add(self.num_layers, dict(zip(found.tolist(), counts.tolist(), strict=True)), len(layers) - len(left))
+        stats.add_layers(self.num_layers, torch.cat([g.exit_layers for g in self.generations]))
         return stats
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import os
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from tide_compile.gather import forget, gather
 from tide_compile.refine import refine_shortcuts
 from tide_compile.registry import attach
 from tide_compile.routers import RouterBank
+from tide_compile.screen import screen
 
 log = logging.getLogger("tide_compile")
 
@@ -85,6 +87,8 @@ def calibrate(
     if max_disagreement is not None:
         check_promise(max_disagreement, confidence, num_prompts)
     source = config.calibration_dataset if dataset is None else dataset
+    if not isinstance(source, str | Path | list | tuple):
+        source = list(itertools.islice(source, config.calibration_samples + num_prompts))  # it is read more than once
     decoder = find_decoder(model)
     layers = _layers(config, len(decoder.layers))
     _join_processes()
@@ -94,9 +98,7 @@ def calibrate(
     named = str(source) if isinstance(source, str | Path) else None
     facts = {"data": named or type(source).__name__, "chat": chat, "seed": seed, "max_length": max_length}
     partial = path.with_name(f".{path.name}.partial") if named else None
-    strategy = config.kv_cache_strategy
-    shortcuts = strategy == "shortcut" or (strategy == "auto" and config.exit_strategy != "identity")
-    watched = tuple(range(layers[0], len(decoder.layers) - 1)) if shortcuts else layers
+    watched = tuple(range(layers[0], len(decoder.layers) - 1)) if config.calibrates_shortcuts else layers
     collected = gather(
         decoder, corpus, watched, config.calibration_samples,
         moments=() if config.exit_strategy == "identity" else layers,
@@ -105,9 +107,9 @@ def calibrate(
     )  # fmt: skip
     if _is_first():
         bank = fit_bank(decoder, layers, collected, config, seed, progress)
-        if bank.shortcuts and config.distillation_steps:
-            rows = corpus.sample(config.calibration_samples)
-            bank.shortcuts = refine_shortcuts(decoder, bank, rows, config.distillation_steps, seed, progress)
+        rows = corpus.sample(config.calibration_samples)
+        bank.shortcuts = refine_shortcuts(decoder, bank, rows, config.distillation_steps, seed, progress)
+        bank.metadata["screen"] = screen(decoder, bank, config, [row for row in rows if row.held_out] or rows)
         bank.fingerprint = mark
         bank.metadata |= {
             "config": config.to_dict(),

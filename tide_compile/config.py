@@ -125,6 +125,12 @@ class TIDEConfig:
         strategy = "propagate" if strategy == "auto" else strategy
         return Settings(self.checkpoint_interval, self.min_layers, strategy, compact=compact, **routers)
 
+    @property
+    def calibrates_shortcuts(self) -> bool:
+        """Whether ``calibrate`` makes shortcuts."""
+        auto = self.kv_cache_strategy == "auto" and self.exit_strategy != "identity"
+        return auto or self.kv_cache_strategy == "shortcut"
+
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values."""
         return asdict(self)

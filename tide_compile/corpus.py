@@ -79,7 +79,7 @@ class Corpus:
                     break
                 yield lambda make=make, batch=batch, number=number, size=size: make(batch, number, size)
 
-    def sample(self, limit: int, shards: int = 4) -> list[Row]:
+    def sample(self, limit: int, shards: int = 6) -> list[Row]:
         """Rows of up to so many of ``shards(limit)``, of all sources."""
         found = list(self.shards(limit))
         chosen = sorted({i * (len(found) - 1) // max(1, shards - 1) for i in range(shards)})

@@ -20,7 +20,6 @@ from tide_compile.kernels.route import normalise_reference
 from tide_compile.networks import ProbeRouter, Projection, TokenRouter
 from tide_compile.project import distil, factor, fit_affine, fit_shortcut, kl
 from tide_compile.routers import Norm, RouterBank
-from tide_compile.screen import screen
 from tide_compile.train import calibration_error, fit_probe, reliability, train_router
 
 _ROWS = 256  # rows through the head at a time
@@ -35,14 +34,13 @@ def fit_bank(
 
     Returns:
         The bank. ``metadata["table"]`` has a row per checkpoint, on held-out tokens, ``metadata["reliability"]`` the
-        curve of its scores, ``metadata["screen"]`` what thresholds would lead to (``tide_compile.screen``).
+        curve of its scores.
     """
     norm = decoder.final_norm()
     bank = RouterBank({}, norm, len(decoder.layers), metadata={"table": [], "reliability": {}})
     train, held_out = collected.train, collected.held_out
     full = {part: _predictions(decoder, part.at(-1)) for part in (train, held_out)}
     seen = None if config.router_kind == "mlp" else _logits_of_frequent(decoder, train, full[train], config)
-    scores, correct = [], []
     for layer in tqdm(layers, "fit", unit="checkpoint", disable=not progress):
         states_of = functools.partial(collected.states, layer=layer)
         projections = _projections(decoder, collected, layer, config, seed)
@@ -56,18 +54,16 @@ def fit_bank(
         router = _router(config, states[train], seen, seed)
         train_router(router, (states[train], labels[train]), (states[held_out], labels[held_out]), seed)
         bank.routers[layer] = router
-        scores.append(router(states[held_out]))
-        correct.append(agreement[held_out])
-        curve = reliability(scores[-1], labels[held_out])
+        score = router(states[held_out])
+        curve = reliability(score, labels[held_out])
         bank.metadata["reliability"][str(layer)] = curve
         bank.metadata["table"].append(
             {"layer": layer}
             | _quality(decoder, projections, states_of(held_out), held_out.at(-1))
-            | _row(scores[-1], labels[held_out], agreement[held_out], config)
+            | _row(score, labels[held_out], agreement[held_out], config)
             | {"calibration error": round(calibration_error(curve), 3)}
         )
     bank.shortcuts = _shortcuts(collected, config)
-    bank.metadata["screen"] = screen(torch.stack(scores, 1), torch.stack(correct, 1), layers, len(decoder.layers))
     return bank
 
 
@@ -91,13 +87,13 @@ def _projections(
 
 
 def _shortcuts(collected: Collected, config: TIDEConfig) -> dict[int, Projection]:
-    """For every layer between two of those whose states were kept."""
-    states = {layer: collected.states(collected.train, layer) for layer in collected.layers}
-    pairs = [(n, n + 1) for n in collected.layers if n + 1 in states]
-    if len(pairs) < len(states) - 1:
+    """For every layer behind the first checkpoint but the last."""
+    if not config.calibrates_shortcuts:
         return {}
-    rank = min(config.projection_rank, next(iter(states.values())).shape[-1])
-    return {behind: fit_shortcut(states[before], states[behind], rank) for before, behind in pairs}
+    states = [collected.states(collected.train, layer) for layer in collected.layers]
+    rank = min(config.projection_rank, states[0].shape[-1])
+    pairs = zip(collected.layers[1:], states, states[1:], strict=False)
+    return {layer: fit_shortcut(before, behind, rank) for layer, before, behind in pairs}
 
 
 def _head(decoder: Decoder) -> Callable[[Tensor], Tensor]:

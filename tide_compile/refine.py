@@ -23,7 +23,7 @@ from tide_compile.routers import RouterBank
 from tide_compile.screen import thresholds_at
 
 _ROWS, _LENGTH = 4, 128  # of a step
-_RATE = 3e-4
+_RATE = 6e-4
 _CHECKS = 4  # times that held-out rows judge
 _JUDGED = 4  # batches of them
 _PRICES = (0.5, 1.0)  # of exits, between careful and bold

@@ -1,19 +1,24 @@
-"""screen: what thresholds would lead to, from scores on held-out tokens after the model's own prefixes.
+"""screen: what thresholds would lead to, before anything is generated with them.
 
-A first look, which knows nothing of keys and values that exits leave behind: it says which thresholds are worth
-measuring.
-
-Shapes: T tokens, C checkpoints.
+Shapes: B batch, S sequence, T tokens, C checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_PRICES = torch.logspace(-2.5, 1, 71)
+from tide_compile.config import TIDEConfig
+from tide_compile.corpus import Row
+from tide_compile.decoder import Decoder
+from tide_compile.reference import eager_reference
+from tide_compile.routers import RouterBank
+from tide_compile.stats import ExitStats
+
+_PRICES = torch.logspace(-1.9, 0.3, 14).tolist()
 
 
 def thresholds_at(price: float, layers: Sequence[int], num_layers: int) -> dict[int, float]:
@@ -22,21 +27,44 @@ def thresholds_at(price: float, layers: Sequence[int], num_layers: int) -> dict[
     return {n: round(max(0.0, 1 - price * (num_layers - 1 - n) / num_layers), 6) for n in layers}
 
 
-def screen(scores: Tensor, correct: Tensor, layers: Sequence[int], num_layers: int) -> list[dict[str, float]]:
-    """For each of 71 prices, what would come out.
+@torch.no_grad()
+def screen(
+    decoder: Decoder, bank: RouterBank, config: TIDEConfig, rows: Sequence[Row], batch_size: int = 8
+) -> list[dict[str, float]]:
+    """Texts are read with exits at each of 14 prices, and without any: what their tokens predict then, and what the
+    later ones make of the keys and values of those that have left.
 
     Args:
-        scores, correct: [T, C] of held-out tokens, the latter 1 where the exited state predicts the full model's token.
+        rows: texts; of those that the model has written itself, if there are some, what it wrote.
 
     Returns:
-        Rows with ``price``, ``disagreement`` (share of all tokens) and ``layers saved`` (share of layer passes).
+        Rows with ``price``, ``disagreement`` (share of tokens) and ``layers saved`` (share of layer passes).
     """
-    rows = []
-    for price in _PRICES.tolist():
-        wrong, exits = leaving(scores, correct, thresholds_at(price, layers, num_layers))
-        saved = sum(share * (num_layers - 1 - layer) / num_layers for layer, share in exits.items())
-        rows.append({"price": round(price, 6), "disagreement": round(wrong, 6), "layers saved": round(saved, 6)})
-    return rows
+    rows = [row for row in rows if row.start] or list(rows)
+    found = {price: ExitStats() for price in _PRICES}
+    wrong = dict.fromkeys(_PRICES, 0)
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in batch], batch_first=True)
+        places = torch.arange(ids.shape[1])
+        mask = torch.stack([places < len(row.ids) for row in batch])
+        counted = mask & torch.stack([places >= row.start for row in batch])  # [B, S]
+        arguments = {"input_ids": ids.to(decoder.device), "attention_mask": mask.long().to(decoder.device)}
+        wanted = decoder.model.forward(**arguments, use_cache=False).logits.argmax(-1).cpu()
+        for price in _PRICES:
+            chosen = replace(bank, thresholds=thresholds_at(price, bank.layers, bank.num_layers))
+            with eager_reference(decoder.model, chosen, replace(config, exit_threshold=None), decoder) as reference:
+                ours = decoder.model(**arguments, use_cache=False).logits.argmax(-1).cpu()
+            wrong[price] += int((ours != wanted)[counted].sum())
+            found[price].add_layers(bank.num_layers, reference.exit_layers[0].cpu()[counted])
+    return [
+        {
+            "price": round(price, 6),
+            "disagreement": round(wrong[price] / max(1, stats.total_tokens), 6),
+            "layers saved": round(stats.layers_saved, 6),
+        }
+        for price, stats in found.items()
+    ]
 
 
 def leaving(scores: Tensor, correct: Tensor, thresholds: Mapping[int, float]) -> tuple[float, dict[int, float]]:

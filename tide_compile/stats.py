@@ -87,6 +87,12 @@ class ExitStats:
         lines.append(f"  Mean depth: {self.mean_depth:.1f} of {self.num_layers} layers, {self.layers_saved:.1%} saved")
         return "\n".join(lines)
 
+    def add_layers(self, num_layers: int, layers: torch.Tensor) -> None:
+        """Count tokens by the layer [T] that each left after; ``num_layers`` - 1 for one that ran them all."""
+        left = layers[layers < num_layers - 1]
+        found, counts = left.unique(return_counts=True)
+        self.add(num_layers, dict(zip(found.tolist(), counts.tolist(), strict=True)), len(layers) - len(left))
+
     def add(self, num_layers: int, exits: dict[int, int], remaining: int | torch.Tensor) -> None:
         """Count one forward pass; ``remaining`` may be the [B, S] mask of tokens that ran all layers, counted when the
         statistics are read."""
