@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from tide_compile.engine_stats import EngineStats, Totals
 from tide_compile.executor import rehearsal
 from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
+from tide_compile.repeats import repeat, repeating
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
 from tide_compile.trace import TokenTrace
@@ -74,6 +75,8 @@ class TIDE:
         self.model = routed_through(self._compiled, self._forward)
         self.model._prepare_static_cache = self._static_cache
         self.model.generate = self._generate
+        # a graph break needs Dynamo to be on, and CUDA graphs count its calls
+        self._repeats = self.config.fallback is None and mode is None
         self._cache: StaticCache | None = None
         self._recorded: set[str] = set()  # outputs that have been asked for before
         self._lock = threading.Lock()
@@ -135,7 +138,8 @@ class TIDE:
             generation = kwargs.get("generation_config") or self.model.generation_config
             TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
         with self._lock, self._counted(per_token=trace):
-            result = type(self.model).generate(self.model, *args, **kwargs)
+            with repeating(self._compiled) if self._repeats else nullcontext():
+                result = type(self.model).generate(self.model, *args, **kwargs)
             if not isinstance(result, Tensor):
                 self._cache = None  # the caller has got it, in the result
             self.last_trace = self._trace(result, args, kwargs) if trace else None
@@ -167,7 +171,7 @@ class TIDE:
                 self._compiled._orig_mod.forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
             self._recorded |= wanted
         _mark_prompt_length(kwargs)
-        return self._compiled(*args, **kwargs)
+        return repeat(self._compiled, *args, **kwargs)
 
     def _static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object
