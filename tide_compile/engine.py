@@ -17,7 +17,7 @@ from tide_compile.engine_stats import EngineStats, Totals
 from tide_compile.executor import rehearsal
 from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
-from tide_compile.repeats import repeat, repeating
+from tide_compile.repeats import Repeats, repeat, repeating
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
 from tide_compile.trace import TokenTrace
@@ -138,8 +138,10 @@ class TIDE:
             generation = kwargs.get("generation_config") or self.model.generation_config
             TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
         with self._lock, self._counted(per_token=trace):
-            with repeating(self._compiled) if self._repeats else nullcontext():
+            repeats = Repeats(self._compiled)
+            with repeating(repeats) if self._repeats else nullcontext():
                 result = type(self.model).generate(self.model, *args, **kwargs)
+            repeats.finish()
             if not isinstance(result, Tensor):
                 self._cache = None  # the caller has got it, in the result
             self.last_trace = self._trace(result, args, kwargs) if trace else None

@@ -50,11 +50,15 @@ class Repeats:
         if kind is None or kind != self._kind:
             self.finish()
             self._kind = kind
-            return self.compiled(*args, **kwargs)
+            return _guarded(self.compiled, *args, **kwargs)
         if self._run is None and not self._find(kwargs):
-            return self.compiled(**kwargs)
+            return _guarded(self.compiled, **kwargs)
         self._latest = kwargs
-        return self._run(self.compiled._orig_mod, **kwargs)
+        try:
+            return self._run(self.compiled._orig_mod, **kwargs)
+        except Exception:
+            self.finish()  # a changed model explains any error, such as a module that is gone
+            raise
 
     def finish(self) -> None:
         """Evaluate the guards of what ran without them."""
@@ -89,19 +93,13 @@ _repeats: ContextVar[Repeats | None] = ContextVar("tide_repeats", default=None)
 
 
 @contextmanager
-def repeating(compiled: OptimizedModule) -> Iterator[None]:
-    """Inside, calls through ``repeat`` are those of one ``generate`` (of this thread or task).
-
-    Raises:
-        ModelChangedError: the model is another one than when the block began.
-    """
-    repeats = Repeats(compiled)
+def repeating(repeats: Repeats) -> Iterator[None]:
+    """Inside, calls of ``repeat`` (of this thread or task) are among these repeats, if they are of the same model."""
     token = _repeats.set(repeats)
     try:
         yield
     finally:
         _repeats.reset(token)
-    repeats.finish()
 
 
 def repeat(compiled: OptimizedModule, *args: object, **kwargs: object) -> object:
@@ -109,7 +107,12 @@ def repeat(compiled: OptimizedModule, *args: object, **kwargs: object) -> object
     repeats = _repeats.get()
     if repeats is not None and repeats.compiled is compiled:
         return repeats(*args, **kwargs)
-    return compiled(*args, **kwargs)
+    return _guarded(compiled, *args, **kwargs)
+
+
+def _guarded(compiled: OptimizedModule, *args: object, **kwargs: object) -> object:
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # else a hook that is added later goes unnoticed
+        return compiled(*args, **kwargs)
 
 
 def _kind_of(kwargs: dict[str, object]) -> _Kind | None:
