@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class TIDE:
             options["router"] = resolve_bank(router_path, model)
         if mode is not None:
             options["mode"] = mode
-        self._compiled = torch.compile(
+        self._compile = functools.partial(
+            torch.compile,
             model,
             backend="tide",
             options=options,
@@ -72,6 +74,7 @@ class TIDE:
             isolate_recompiles=True,
             recompile_limit=_GRAPHS,
         )
+        self._compiled, self._hooks = self._compile(), _hooks_of(model)
         self.model = routed_through(self._compiled, self._forward)
         self.model._prepare_static_cache = self._static_cache
         self.model.generate = self._generate
@@ -157,6 +160,9 @@ class TIDE:
     @contextmanager
     def _counted(self, per_token: bool = False) -> Iterator[None]:
         """The exits of the block become ``last_stats`` and part of ``stats``, also when it ends in an error."""
+        hooks = _hooks_of(self._compiled._orig_mod)
+        if hooks != self._hooks:  # Dynamo does not look for hooks that came or went
+            self._compiled, self._hooks = self._compile(), hooks
         started = time.perf_counter()
         with record_exits(per_token=per_token) as stats:
             self.last_stats = stats
@@ -172,6 +178,7 @@ class TIDE:
             with torch.no_grad():
                 self._compiled._orig_mod.forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
             self._recorded |= wanted
+            self._hooks = _hooks_of(self._compiled._orig_mod)  # code that was compiled without them stays right
         _mark_prompt_length(kwargs)
         return repeat(self._compiled, *args, **kwargs)
 
@@ -190,6 +197,10 @@ class TIDE:
             if shape is not None:
                 self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
         return self._cache
+
+
+def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:
+    return [(m, hook) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks) for hook in d.values()]
 
 
 def _mark_prompt_length(kwargs: dict[str, object]) -> None:

@@ -1,10 +1,10 @@
 """Repeats: tokens of one ``generate`` run the code that Dynamo chose for the tokens before them, without asking again.
 
-Dynamo looks at everything that its code depends on before each call: 7,000 guards for 30 layers. A token reads all
-weights, so none of that is in the processor's caches any more, and the guards take 1 ms where they would take 0.2.
-Inside ``generate`` little can change between two tokens. So once a call is like the one before it, its guards are
-evaluated here, and further calls of that kind run the code that passed. When there are no more, the guards are
-evaluated again: were they to fail now, the model was changed in the meantime, and that is an error.
+Dynamo looks at everything that its code depends on before each call: 6,000 guards for 30 layers. A token reads all
+weights, so none of that is in the processor's caches any more, and this takes 1.5 ms where it would take 0.4. Inside
+``generate`` little can change between two tokens. So once a call is like the one before it, its guards are evaluated
+here, and further calls of that kind run the code that passed. When there are no more, the guards are evaluated again:
+were they to fail now, the model was changed in the meantime, and that is an error.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Repeats:
         if kind is None or kind != self._kind:
             self.finish()
             self._kind = kind
-            return _guarded(self.compiled, *args, **kwargs)
+            return self.compiled(*args, **kwargs)
         if self._run is None and not self._find(kwargs):
-            return _guarded(self.compiled, **kwargs)
+            return self.compiled(**kwargs)
         self._latest = kwargs
         try:
             return self._run(self.compiled._orig_mod, **kwargs)
@@ -107,12 +107,7 @@ def repeat(compiled: OptimizedModule, *args: object, **kwargs: object) -> object
     repeats = _repeats.get()
     if repeats is not None and repeats.compiled is compiled:
         return repeats(*args, **kwargs)
-    return _guarded(compiled, *args, **kwargs)
-
-
-def _guarded(compiled: OptimizedModule, *args: object, **kwargs: object) -> object:
-    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):  # else a hook that is added later goes unnoticed
-        return compiled(*args, **kwargs)
+    return compiled(*args, **kwargs)
 
 
 def _kind_of(kwargs: dict[str, object]) -> _Kind | None:
