@@ -123,7 +123,7 @@ class Changing(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("change", [other_attribute, other_module, adapted], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("change", [other_attribute, other_module, other_dtype, adapted], ids=lambda c: c.__name__)
 def test_a_change_within_a_call_is_an_error(change):
     if change is adapted:
         pytest.importorskip("peft")

@@ -81,6 +81,7 @@ class TIDE:
         # a graph break needs Dynamo to be on, and CUDA graphs count its calls
         self._repeats = self.config.fallback is None and mode is None
         self._cache: StaticCache | None = None
+        self._cache_kind: tuple[object, ...] | None = None  # batch size, dtype, device
         self._recorded: set[str] = set()  # outputs that have been asked for before
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
@@ -103,6 +104,9 @@ class TIDE:
         Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) and returns what it returns.
         ``temperature=0`` means greedy, as in the reference. Calls from several threads run one after the other.
         ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
+
+        Raises:
+            ModelChangedError: the model was changed meanwhile (by a streamer, a logits processor, ...).
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
@@ -186,13 +190,14 @@ class TIDE:
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object
     ) -> StaticCache:
         """In the place of transformers' method of a similar name, which makes a new cache for every ``generate``."""
-        cache = self._cache
-        if cache is not None and cache.batch_size == batch_size and cache.get_max_length() >= max_cache_len:
+        cache, kind = self._cache, (batch_size, self.model.dtype, self.model.device)
+        if cache is not None and kind == self._cache_kind and cache.get_max_length() >= max_cache_len:
             cache.reset()
             return cache
         length = max(_SMALLEST_CACHE, 1 << (max_cache_len - 1).bit_length())
         shape = self.model._get_static_cache_init_shape()
         with torch.inference_mode(False):  # an inference tensor could not be reset outside of inference mode
+            self._cache_kind = kind
             self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
             if shape is not None:
                 self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)

@@ -40,13 +40,14 @@ class Repeats:
 
     def __init__(self, compiled: OptimizedModule) -> None:
         self.compiled = compiled
+        self._weight = next(compiled._orig_mod.parameters())
         self._kind: _Kind | None = None
         self._run: Callable[..., object] | None = None
         self._holds: Callable[[dict[str, object]], bool] | None = None
         self._latest: dict[str, object] | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        kind = None if args else _kind_of(kwargs)
+        kind = None if args else _kind_of(kwargs, self._weight)
         if kind is None or kind != self._kind:
             self.finish()
             self._kind = kind
@@ -110,9 +111,9 @@ def repeat(compiled: OptimizedModule, *args: object, **kwargs: object) -> object
     return compiled(*args, **kwargs)
 
 
-def _kind_of(kwargs: dict[str, object]) -> _Kind | None:
+def _kind_of(kwargs: dict[str, object], weight: Tensor) -> _Kind | None:
     """Equal for calls that no guard on arguments tells apart. None: there is something here that may change."""
-    kind = []
+    kind = [(weight.dtype, weight.device)]  # of a model that was cast, the code would read past the end
     for name, value in kwargs.items():
         if type(value) is Tensor:
             place = value.device, value.is_inference(), value.requires_grad
