@@ -5,7 +5,7 @@ tokens leaving after N/3 of the layers. Medians of: the whole call; what comes b
 Python around the model); the executor without its pieces (Python, reading decisions); and its pieces: prologue
 (embedding, masks, positions), segments (with the routers in them), exit projections, the fill of keys and values,
 epilogue (final norm and head). ``calls``: compiled calls per token. What routers cost is the difference of the first
-two columns.
+two columns. ``--engine``: the same as the engine's ``generate`` runs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 import tide_compile
-from bench.decode import CACHE, CONTEXT, decoder, options
+from bench.decode import CACHE, CONTEXT, decoder, in_engine, options
 from bench.models import SMOLLM2, load_model
 from bench.report import show
 from tide_compile import RouterBank
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2, help="smollm2, a hub name or a folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=40, help="tokens measured per way")
+    parser.add_argument("--engine", action="store_true", help="as the engine's generate runs it")
     parser.add_argument("--json", help="also write the result to this file")
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 32
@@ -62,7 +63,7 @@ def main() -> None:
     ways = {"no exits": {"exit_threshold": 1.0}, "routers": never, f"exit {n // 3}": options(n // 3, model, n)}
     steps = {}
     for name, chosen in ways.items():
-        call = torch.compile(model, backend="tide", options=chosen)
+        call = in_engine(model, chosen) if args.engine else torch.compile(model, backend="tide", options=chosen)
         steps[name] = decoder(model, call, ids, CACHE - CONTEXT - 8)
         for _ in range(4):
             steps[name]()
@@ -75,7 +76,8 @@ def main() -> None:
         medians = [statistics.median(token.get(part, 0.0) for token in found[name]) for name in ways]
         rows.append([part, *(f"{m * 1e3:.2f}" for m in medians)])
     rows.append(["calls", *(f"{found[name][0]['calls']:.0f}" for name in ways)])
-    title = f"one token, {args.model}, {args.dtype}, batch 1, context {CONTEXT} to {CONTEXT + args.rounds}, ms"
+    engine = " in the engine" if args.engine else ""
+    title = f"one token{engine}, {args.model}, {args.dtype}, batch 1, context {CONTEXT} to {CONTEXT + args.rounds}, ms"
     show(title, ["", *ways], rows, args.json)
 
 

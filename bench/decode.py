@@ -3,6 +3,7 @@
 Contenders share their weights and run in turn, one token each, in one process: eager, stock Inductor, tide with no
 exits (default options), tide with every token leaving after N/3 and 2N/3 layers (threshold 0, ``min_layers``), and for
 each of these depths the genuinely truncated model compiled by the same route (tide with no exits).
+``--engine``: all of tide as the engine's ``generate`` runs it, without Dynamo's guards for every token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from transformers import StaticCache
 import tide_compile
 from bench.models import SMOLLM2, load_model, truncated
 from bench.report import interleave, show, timed
-from tide_compile import RouterBank
+from tide_compile import TIDE, RouterBank, TIDEConfig
+from tide_compile.repeats import Repeats, repeating
 
 CONTEXT = 64  # tokens in the cache when timing starts
 CACHE = 256  # length of the static cache
@@ -68,8 +70,21 @@ def cut_interval(num_layers: int) -> int:
     return max(i for i in range(1, min(third, 6) + 1) if third % i == 0)
 
 
+def in_engine(model: nn.Module, chosen: dict[str, object]) -> Callable[..., object]:
+    """The model's forward for one token as it is called in the engine's ``generate``."""
+    chosen = dict(chosen)
+    engine = TIDE(model, chosen.pop("router", None), TIDEConfig.from_options(chosen))
+    repeats = Repeats(engine._compiled)
+
+    def call(ids: torch.Tensor, **kwargs: object) -> object:
+        with repeating(repeats):
+            return engine.model(input_ids=ids, **kwargs)
+
+    return call
+
+
 def contenders(
-    model: nn.Module, ids: torch.Tensor, steps: int
+    model: nn.Module, ids: torch.Tensor, steps: int, engine: bool = False
 ) -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
     """The steps to time, compiled and warm, and the seconds that each took to its first token (warm caches)."""
     n = model.config.num_hidden_layers
@@ -83,10 +98,13 @@ def contenders(
         )
     steps_, first = {}, {}
     for name, (net, compile_arguments) in plans.items():
-        call = net if compile_arguments is None else torch.compile(net, **compile_arguments)
+        if engine and name not in ("eager", "inductor"):
+            call = in_engine(net, compile_arguments["options"])
+        else:
+            call = net if compile_arguments is None else torch.compile(net, **compile_arguments)
         step = decoder(net, call, ids, steps)
         first[name] = step()
-        for _ in range(3):
+        for _ in range(4):
             step()
         steps_[name] = step
     return steps_, first
@@ -124,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60, help="tokens timed per contender, 0: compile times only")
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("--no-cold", action="store_true", help="do not measure compile times (minutes)")
+    parser.add_argument("--engine", action="store_true", help="tide as the engine's generate runs it")
     parser.add_argument("--cold", choices=list(COLD), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 32
@@ -136,7 +155,7 @@ def main() -> None:
 
     cold = {} if args.no_cold else {name: start_seconds(name, args) for name in COLD}
     if args.rounds:
-        steps, first = contenders(model, ids, steps=CACHE - CONTEXT - 8)
+        steps, first = contenders(model, ids, CACHE - CONTEXT - 8, args.engine)
         timings = interleave(steps, args.rounds)
         n = model.config.num_hidden_layers
         compared = {"tide off": "inductor", **{f"tide exit {d}": f"truncated {d}" for d in (n // 3, 2 * n // 3)}}
@@ -145,7 +164,7 @@ def main() -> None:
             other = compared.get(name)
             ratio = f"{timing.median / timings[other].median:.2f} x {other}" if other else ""
             rows.append([name, *timing.cells(), ratio, f"{timing.median / timings['inductor'].median:.2f}"])
-        context = f"context {CONTEXT} to {CONTEXT + args.rounds}"
+        context = f"context {CONTEXT} to {CONTEXT + args.rounds}{', in the engine' if args.engine else ''}"
         title = f"decode, {args.model}, {args.dtype}, batch 1, {context}, tide_compile {tide_compile.__version__}"
         show(
             title,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tide_compile.engine_stats import EngineStats, Totals
 from tide_compile.executor import rehearsal
 from tide_compile.generate_guard import generating_model, routed_through
 from tide_compile.registry import resolve_bank
+from tide_compile.repeats import Repeats, repeat, repeating
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats, record_exits
 from tide_compile.trace import TokenTrace
@@ -63,7 +65,8 @@ class TIDE:
             options["router"] = resolve_bank(router_path, model)
         if mode is not None:
             options["mode"] = mode
-        self._compiled = torch.compile(
+        self._compile = functools.partial(
+            torch.compile,
             model,
             backend="tide",
             options=options,
@@ -71,10 +74,14 @@ class TIDE:
             isolate_recompiles=True,
             recompile_limit=_GRAPHS,
         )
+        self._compiled, self._hooks = self._compile(), _hooks_of(model)
         self.model = routed_through(self._compiled, self._forward)
         self.model._prepare_static_cache = self._static_cache
         self.model.generate = self._generate
+        # a graph break needs Dynamo to be on, and CUDA graphs count its calls
+        self._repeats = self.config.fallback is None and mode is None
         self._cache: StaticCache | None = None
+        self._cache_kind: tuple[object, ...] | None = None  # batch size, dtype, device
         self._recorded: set[str] = set()  # outputs that have been asked for before
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
@@ -97,6 +104,9 @@ class TIDE:
         Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) and returns what it returns.
         ``temperature=0`` means greedy, as in the reference. Calls from several threads run one after the other.
         ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
+
+        Raises:
+            ModelChangedError: the model was changed meanwhile (by a streamer, a logits processor, ...).
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
@@ -135,7 +145,10 @@ class TIDE:
             generation = kwargs.get("generation_config") or self.model.generation_config
             TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
         with self._lock, self._counted(per_token=trace):
-            result = type(self.model).generate(self.model, *args, **kwargs)
+            repeats = Repeats(self._compiled)
+            with repeating(repeats) if self._repeats else nullcontext():
+                result = type(self.model).generate(self.model, *args, **kwargs)
+            repeats.finish()
             if not isinstance(result, Tensor):
                 self._cache = None  # the caller has got it, in the result
             self.last_trace = self._trace(result, args, kwargs) if trace else None
@@ -151,6 +164,9 @@ class TIDE:
     @contextmanager
     def _counted(self, per_token: bool = False) -> Iterator[None]:
         """The exits of the block become ``last_stats`` and part of ``stats``, also when it ends in an error."""
+        hooks = _hooks_of(self._compiled._orig_mod)
+        if hooks != self._hooks:  # Dynamo does not look for hooks that came or went
+            self._compiled, self._hooks = self._compile(), hooks
         started = time.perf_counter()
         with record_exits(per_token=per_token) as stats:
             self.last_stats = stats
@@ -166,24 +182,30 @@ class TIDE:
             with torch.no_grad():
                 self._compiled._orig_mod.forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
             self._recorded |= wanted
+            self._hooks = _hooks_of(self._compiled._orig_mod)  # code that was compiled without them stays right
         _mark_prompt_length(kwargs)
-        return self._compiled(*args, **kwargs)
+        return repeat(self._compiled, *args, **kwargs)
 
     def _static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object
     ) -> StaticCache:
         """In the place of transformers' method of a similar name, which makes a new cache for every ``generate``."""
-        cache = self._cache
-        if cache is not None and cache.batch_size == batch_size and cache.get_max_length() >= max_cache_len:
+        cache, kind = self._cache, (batch_size, self.model.dtype, self.model.device)
+        if cache is not None and kind == self._cache_kind and cache.get_max_length() >= max_cache_len:
             cache.reset()
             return cache
         length = max(_SMALLEST_CACHE, 1 << (max_cache_len - 1).bit_length())
         shape = self.model._get_static_cache_init_shape()
         with torch.inference_mode(False):  # an inference tensor could not be reset outside of inference mode
+            self._cache_kind = kind
             self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
             if shape is not None:
                 self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
         return self._cache
+
+
+def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:
+    return [(m, hook) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks) for hook in d.values()]
 
 
 def _mark_prompt_length(kwargs: dict[str, object]) -> None:

@@ -38,6 +38,10 @@ class GradEnabledError(TideError):
     """The model was traced for training."""
 
 
+class ModelChangedError(TideError):
+    """The model was changed while it generated."""
+
+
 class CalibrationDataError(TideError):
     """The calibration text cannot be had."""
 
@@ -57,6 +61,7 @@ __all__ = [
     "LayersNotFoundError",
     "LayersSplitError",
     "MissingExtraError",
+    "ModelChangedError",
     "NoRouterError",
     "NothingToSkipError",
     "PaddingError",
