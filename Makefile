@@ -29,7 +29,7 @@ bench: install
 
 docs: install  ## the API, from the docstrings, as HTML in site/
 	$(PYTHON) -m pip install -q -e ".[docs]"
-	$(PYTHON) -m pdoc --docformat google -o site tide_compile tide_compile.passes
+	$(PYTHON) -m pdoc --docformat google -o site tide_compile tide_compile.certify tide_compile.errors tide_compile.passes
 
 lint: install
 	$(PYTHON) -m pip install -q ruff
