@@ -152,6 +152,6 @@ def test_command(tmp_path):
     arguments = ["--table", "convergence", "--model", str(folder), "--tokens", "64", "--length", "32"]
     tables.main([*arguments, "--markdown", str(page), "--json", str(record)])
     text = page.read_text()
-    assert text.startswith("# Benchmarks\n\n## Convergence per layer\n") and str(tmp_path) not in text
+    assert text.startswith(f"{tables.HEADING}\n## Convergence per layer\n") and str(tmp_path) not in text
     assert "`python -m bench.tables --table convergence --model somewhere/tiny --tokens 64" in text
     assert len(json.loads(record.read_text())["tables"]["convergence"]["rows"]) == LAYERS
