@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     name = "SmolLM2-135M-Instruct (GGUF, Q4_1, dequantised)" if args.model == SMOLLM2 else short(args.model)
     kind = f"{name}, {model.config.get_text_config(decoder=True).num_hidden_layers} layers, {args.dtype}"
-    command = " ".join(["python -m bench.tables", *map(short, arguments)])
+    shown = [a for i, a in enumerate(arguments) if "--json" not in arguments[max(0, i - 1) : i + 1]]
+    command = " ".join(["python -m bench.tables", *map(short, shown)])
     made = make_tables(args.table, model, tokenizer, bank_of, args)
     sections = {}
     for name, table in made.items():
