@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -48,8 +48,8 @@ def make_tables(
     tokenizer: object,
     bank_of: Callable[[], RouterBank],
     args: argparse.Namespace,
-) -> dict[str, Table]:
-    """The tables of these names; ``bank_of`` is called if one of them needs routers."""
+) -> Iterator[tuple[str, Table]]:
+    """The tables of these names, one by one; ``bank_of`` is called if one of them needs routers."""
     bank = bank_of() if set(names) - {"convergence"} else None
     thresholds = args.thresholds
     own = [None] if bank is not None and bank.thresholds else []
@@ -86,7 +86,8 @@ def make_tables(
     def rows(count: int, length: int) -> list[list[int]]:
         return table_quality.text_rows(tokenizer, args.data, count, length)
 
-    return {name: makers[name]() for name in names}
+    for name in names:
+        yield name, makers[name]()
 
 
 def routers(model: nn.Module, tokenizer: object, args: argparse.Namespace) -> RouterBank:
@@ -155,18 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = f"{name}, {model.config.get_text_config(decoder=True).num_hidden_layers} layers, {args.dtype}"
     shown = [a for i, a in enumerate(arguments) if "--json" not in arguments[max(0, i - 1) : i + 1]]
     command = " ".join(["python -m bench.tables", *map(short, shown)])
-    made = make_tables(args.table, model, tokenizer, bank_of, args)
-    sections = {}
-    for name, table in made.items():
+    made: dict[str, Table] = {}
+    for name, table in make_tables(args.table, model, tokenizer, bank_of, args):
+        made[name] = table
         used = [described(banks[0])] if banks and name != "convergence" else []
         setting = "; ".join([f"Text: {short(args.data)}", kind, *used, machine()]) + f".\n\n`{command}`"
-        sections[table.title] = table.section(setting)
-        print(f"\n{sections[table.title]}", flush=True)
-    if args.markdown:
-        update_page(args.markdown, HEADING, sections, list(TITLES.values()))
-    if args.json:
-        record = {"machine": machine(), "command": command, "tables": {n: asdict(t) for n, t in made.items()}}
-        write_text(args.json, json.dumps(record, indent=1))
+        section = table.section(setting)
+        print(f"\n{section}", flush=True)
+        if args.markdown:  # as it comes: a long run may not come to its end
+            update_page(args.markdown, HEADING, {table.title: section}, list(TITLES.values()))
+        if args.json:
+            record = {"machine": machine(), "command": command, "tables": {n: asdict(t) for n, t in made.items()}}
+            write_text(args.json, json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
