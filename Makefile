@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PYTHON := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-all bench lint clean
+.PHONY: install demo test test-all bench docs lint clean
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
@@ -27,10 +27,14 @@ test-all: install
 bench: install
 	$(PYTHON) -m bench.decode
 
+docs: install  ## the API, from the docstrings, as HTML in site/
+	$(PYTHON) -m pip install -q -e ".[docs]"
+	$(PYTHON) -m pdoc --docformat google -o site tide_compile tide_compile.certify tide_compile.errors tide_compile.passes
+
 lint: install
 	$(PYTHON) -m pip install -q ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache

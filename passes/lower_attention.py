@@ -27,6 +27,7 @@ class LowerAttention(CustomGraphPass):
     """
 
     def uuid(self) -> object:
+        """What Inductor's caches tell code made with this pass by."""
         return get_hash_for_files((__file__,))
 
     def __call__(self, graph: Graph) -> None:

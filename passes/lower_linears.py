@@ -94,6 +94,7 @@ class LowerLinears(CustomGraphPass):
         self.streamed = {linear for linear, form in forms.items() if form == "stream"}
 
     def uuid(self) -> object:
+        """What Inductor's caches tell code made with this pass by."""
         return get_hash_for_files((__file__, *_OPS)), sorted(map(str, self.streamed))
 
     def __call__(self, graph: Graph) -> None:

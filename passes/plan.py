@@ -117,6 +117,7 @@ class Plan:
 
     @property
     def num_segments(self) -> int:
+        """One more than there are cuts."""
         return len(self.cuts) + 1
 
     def checkpoint_of(self, segment: int) -> int | None:
@@ -152,4 +153,5 @@ class Program:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def node_count(self) -> int:
+        """Nodes of all pieces."""
         return sum(len(p.graph.graph.nodes) for p in self.pieces.values())

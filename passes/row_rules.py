@@ -29,10 +29,12 @@ class Axis:
     batch: int | None = None
 
     def moved(self, where: Callable[[int], int]) -> Axis:
+        """The same rows in a value whose dimension ``where(d)`` is this one's dimension ``d``."""
         return Axis(where(self.row), None if self.batch is None else where(self.batch))
 
     @property
     def dims(self) -> set[int]:
+        """The dimensions that tell rows apart."""
         return {self.row} | ({self.batch} - {None})
 
 

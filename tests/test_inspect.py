@@ -1,6 +1,7 @@
 """What explain and the dumps tell of a graph is what the compiler did with it."""
 
 import logging
+import re
 import runpy
 
 import networkx as nx
@@ -13,7 +14,7 @@ import tide_compile
 from tests.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError, UnknownOptionError
-from tide_compile.graph_dump import INDEX
+from tide_compile.graph_dump import CONTENTS, INDEX
 
 IDS, MASK = prompt(2)
 STRAIGHT = ["prologue", "segment_0", "segment_1", "segment_2", "segment_3", "epilogue"]
@@ -102,6 +103,25 @@ def test_index_plan_and_charts(model, bank, tmp_path):
     assert set(chart.successors("router_1")) == {"segment_2", "fill_1"}
     (drawn,) = pydot.graph_from_dot_file(str(folder / "plan.dot"))
     assert {n.get_name().strip('"') for n in drawn.get_nodes()} - {"\\n"} == set(chart)
+
+
+def test_the_folder_begins_with_an_index(model, bank, tmp_path):
+    """Of the graphs of this run and of one before, those that were refused as well. Catches a folder of folders in
+    which one has to guess, and an index of the last graph only."""
+    options = {"router": bank, "dump": tmp_path, "compaction": "never", **SETTINGS}
+    with torch.no_grad():
+        torch.compile(model, backend="tide", options=options)(IDS)
+        with pytest.raises(Exception, match="no decoder layers"):
+            torch.compile(torch.nn.Linear(4, 4), backend="tide", options=options)(torch.ones(2, 4))
+        torch._dynamo.reset()
+        torch.compile(model, backend="tide", options=options)(IDS[:, :1])
+    text = (tmp_path / CONTENTS).read_text()
+    assert min(p.name for p in tmp_path.iterdir()) == CONTENTS
+    first, refused, last = text.splitlines()[-3:]
+    assert "hidden states [2, 9, 64]; checkpoints after layers 0, 1, 2;" in first and "[2, 1, 64]" in last
+    assert "LayersNotFoundError" in refused and "plan.html" not in refused
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) == 7 and all((tmp_path / target).is_file() for target in targets)
 
 
 def test_a_refused_graph_says_why(tmp_path):

@@ -55,6 +55,10 @@ def calibrate(
     the last shard of 64 texts when it is called again (where the data has a name). Under ``torchrun`` each process
     takes its share of the texts.
 
+    Exit projections are the translators of Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with
+    the Tuned Lens"; that routers see how sure the model would be follows Schuster et al. (2022), "Confident Adaptive
+    Language Modeling"; a promise is tested as in Angelopoulos et al. (2021), "Learn then Test".
+
     Args:
         model: a causal language model; it is not changed. It stays attached: ``torch.compile(model, backend="tide")``
             finds the routers.

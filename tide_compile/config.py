@@ -59,6 +59,9 @@ class TIDEConfig:
         lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
             and that is logged.
+
+    Raises:
+        ConfigError: a value is not allowed; says which are.
     """
 
     exit_threshold: float | None = None

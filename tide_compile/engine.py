@@ -90,6 +90,7 @@ class TIDE:
 
     @property
     def stats(self) -> EngineStats:
+        """Exits of all calls so far: a copy that later calls do not change."""
         return self._totals.read()
 
     @torch.no_grad()

@@ -26,12 +26,13 @@ from tide_compile.plan_page import plan_page
 
 log = logging.getLogger("tide_compile")
 
-INDEX = "00_index.txt"
+INDEX = "00_index.txt"  # of a graph's folder
+CONTENTS = "00_index.md"  # of all graphs
 _PASSES = {f.__name__: f for f in (*passes.ANALYSES, *passes.PLACEMENT, *passes.REWRITES)}
 
 
 class GraphDump:
-    """An observer that writes into the next free ``graph_NN`` below ``root``.
+    """An observer that writes into the next free ``graph_NN`` below ``root``, where ``00_index.md`` lists these.
 
     Files: ``00_index.txt`` (this list), ``plan.txt`` (a line per layer), ``plan.html`` (a picture), ``plan.dot`` and
     ``plan.graphml`` (for drawing programs), ``NN_<pass>.py`` (the graph after each pass, runnable) and
@@ -94,6 +95,20 @@ class GraphDump:
         head = self.report.summary() if self.report.error or self.report.layers else "the passes are at work"
         text = f"{head}\n\n{tabulate(self._files, ['file', 'what'], tablefmt='plain')}\n"
         write_text(self.folder / INDEX, text)
+        write_contents(self.folder.parent)
+
+
+def write_contents(root: Path) -> None:
+    """List the graphs that lie in ``root``, of this run and of earlier ones, with what each is."""
+    rows = []
+    for index in sorted(root.glob(f"graph_*/{INDEX}")):
+        folder, about = index.parent, index.read_text().split("\n\n")[0].replace("\n", "; ").replace("|", "/")
+        links = [f"[index]({folder.name}/{INDEX})"]
+        links += [f"[{n}]({folder.name}/{n})" for n in ("plan.txt", "plan.html") if (folder / n).is_file()]
+        rows.append((folder.name, about, ", ".join(links)))
+    table = tabulate(rows, ["folder", "graph", "begin with"], tablefmt="github")
+    head = "A folder for each graph that was compiled. [B, S, H]: S = 1 is the decoding of one token, else a prompt."
+    write_text(root / CONTENTS, f"# Graphs\n\n{head}\n\n{table}\n")
 
 
 _open_dumps: ContextVar[tuple[tuple[Path, list[GraphDump]], ...]] = ContextVar("tide_dumps", default=())

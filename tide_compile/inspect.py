@@ -69,6 +69,9 @@ def explain(
         model: a causal language model, compiled or not. inputs, kwargs: of its forward, such as ``input_ids``.
         options: of the backend.
 
+    Returns:
+        A report per graph; printed, the plan as a table.
+
     Raises:
         ConfigError, UnknownOptionError: about the options. A graph that cannot be cut is no error here: its report
             tells why.

@@ -17,7 +17,7 @@ class TokenRouter(nn.Module):
     """The router of tide-inference 0.2.1: ``sigmoid(up(silu(down(x))))`` on the normed state.
 
     Args:
-        hidden_dim: H. bottleneck_dim: D.
+        hidden_dim: H, of the model's states. bottleneck_dim: D, width of the hidden layer.
     """
 
     def __init__(self, hidden_dim: int, bottleneck_dim: int = 128) -> None:

@@ -100,6 +100,14 @@ def eager_reference(
         bank: routers, used without a fingerprint check.
         config: as for the backend.
         decoder: saves finding it again.
+
+    Yields:
+        The loop's state: ``exit_layers`` (per call, [B, S] int64) and ``scores`` (per call, layer -> [B, S] fp32).
+
+    Raises:
+        LayersNotFoundError: the model has no decoder layers.
+        ConfigError, NoRouterError, CheckpointError: config and bank do not fit each other.
+        PaddingError: from a call, if its attention mask does not fit its tokens.
     """
     decoder = decoder or find_decoder(model)
     reference = Reference(decoder, bank, config or TIDEConfig())

@@ -23,6 +23,10 @@ def attach(model: nn.Module, bank: RouterBank) -> None:
     """Tie routers to a model, so that ``torch.compile(model, backend="tide")`` finds them.
 
     The tie is to the model's Parameter objects, held weakly: nothing is written onto the model, and it goes with it.
+
+    Args:
+        model: a causal language model. bank: its routers, in place of those that were attached before; whose they are
+            is not checked here.
     """
     global _attachments
     _attachments += 1

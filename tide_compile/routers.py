@@ -71,12 +71,14 @@ class RouterBank:
 
     @property
     def exit_strategy(self) -> str:
+        """Of the projections: ``"identity"`` (there are none), ``"affine"`` or ``"low_rank"``."""
         if not self.projections:
             return "identity"
         return "affine" if any(len(p) < 3 or p[2] is None for p in self.projections.values()) else "low_rank"
 
     @property
     def hidden_dim(self) -> int:
+        """H, of the model's hidden states."""
         return self.norm.weight.numel()
 
     @classmethod

@@ -37,6 +37,7 @@ class ExitStats:
 
     @property
     def remaining_tokens(self) -> int:
+        """Tokens that ran all layers."""
         if self._uncounted:  # one read, however many calls there were
             self._remaining += int(torch.stack([rows.sum() for rows in self._uncounted]).sum())
             self._uncounted.clear()
@@ -44,10 +45,12 @@ class ExitStats:
 
     @property
     def total_exited(self) -> int:
+        """Tokens that left early."""
         return sum(self.exits_per_layer.values())
 
     @property
     def total_tokens(self) -> int:
+        """Tokens that were run, without padding."""
         return self.total_exited + self.remaining_tokens
 
     @property
@@ -114,6 +117,9 @@ def record_exits(*, per_token: bool = False) -> Iterator[ExitStats]:
 
     Args:
         per_token: also keep the exit layer and the score of every token (``stats.exit_layers``, ``stats.scores``).
+
+    Yields:
+        The statistics, empty at first; they can be read inside the block and after it.
     """
     stats = ExitStats(per_token=per_token)
     token = _recorders.set((*_recorders.get(), stats))

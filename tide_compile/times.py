@@ -56,7 +56,11 @@ _times: ContextVar[Times | None] = ContextVar("tide_times", default=None)
 @contextmanager
 def record_times() -> Iterator[Times]:
     """Time the pieces of every compiled call inside the block (of this thread or task). On a GPU each is waited for,
-    so that a pass takes longer than it would."""
+    so that a pass takes longer than it would.
+
+    Yields:
+        ``times.seconds``: name of a piece -> seconds, one entry per run.
+    """
     times = Times()
     token = _times.set(times)
     try:

@@ -18,7 +18,7 @@ from tide_compile.commands.output import console, print_json, size_of, working
 from tide_compile.config import TIDEConfig
 from tide_compile.engine import TIDE
 from tide_compile.errors import NoRouterError
-from tide_compile.graph_dump import INDEX, GraphDump, dump
+from tide_compile.graph_dump import CONTENTS, INDEX, GraphDump, dump
 from tide_compile.inspect import explain
 from tide_compile.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.registry import resolve_bank
@@ -85,8 +85,8 @@ def inspect_model(
         print_json({"model": name, "dump": [str(d.folder) for d in written], **found.to_dict()})
         return
     console().print(f"{type(model).__name__}, {found}", markup=False, soft_wrap=True)
-    for one in written:
-        console().print(f"dump: {one.folder / INDEX}", markup=False, soft_wrap=True)
+    for path in [*([folder / CONTENTS] if written else []), *(one.folder / INDEX for one in written)]:
+        console().print(f"dump: {path}", markup=False, soft_wrap=True)
 
 
 def find_bank_maybe(router: str | None, model: torch.nn.Module) -> RouterBank | None:
