@@ -92,9 +92,10 @@ def test_interrupted(small_shards, file, tmp_path, monkeypatch):
         run(tiny("rmsnorm-rope-gqa"), str(file), num_samples=40, save_path=path)
     assert not path.exists()
     bank = run(tiny("rmsnorm-rope-gqa"), str(file), num_samples=40, save_path=path)
-    assert read == [8] * 6  # three shards, the one that failed, and the two that were left
+    assert read == [8] * (6 + 5)  # three shards, the one that failed, the two that were left; all five to refine with
     assert bank.metadata["texts"] == 40 and bank.metadata["tokens"] == whole.metadata["tokens"]
     assert same(bank.projections.values(), whole.projections.values())
+    assert same(bank.shortcuts.values(), whole.shortcuts.values())
     assert sorted(p.name for p in tmp_path.glob(".*partial*")) == []
 
 

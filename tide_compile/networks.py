@@ -127,4 +127,4 @@ class Projection(NamedTuple):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """By the names that the passes and router files use."""
-        return {n: t for n, t in self._asdict().items() if t is not None}
+        return {n: t.contiguous() for n, t in self._asdict().items() if t is not None}
