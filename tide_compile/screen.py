@@ -18,6 +18,7 @@ from tide_compile.reference import eager_reference
 from tide_compile.routers import RouterBank
 from tide_compile.stats import ExitStats
 
+_LENGTH = 192  # tokens read of a text
 _PRICES = torch.logspace(-1.9, 0.3, 14).tolist()
 
 
@@ -40,7 +41,7 @@ def screen(
     Returns:
         Rows with ``price``, ``disagreement`` (share of tokens) and ``layers saved`` (share of layer passes).
     """
-    rows = [row for row in rows if row.start] or list(rows)
+    rows = [replace(row, ids=row.ids[:_LENGTH]) for row in [row for row in rows if row.start] or rows]
     found = {price: ExitStats() for price in _PRICES}
     wrong = dict.fromkeys(_PRICES, 0)
     for start in range(0, len(rows), batch_size):
