@@ -7,6 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -35,6 +36,15 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
         device, dtype, found.flops / 1e9, found.bandwidth / 1e9, found.overhead * 1e6,
     )  # fmt: skip
     return found
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """For training beside a model in ``dtype``: bfloat16 products in place of float32 ones where a CPU has them, which
+    takes half the time or less."""
+    able = torch.cpu.get_capabilities()
+    if device.type == "cpu" and dtype == torch.float32 and any(able.get(n) for n in ("amx_bf16", "avx512_bf16")):
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()
 
 
 def _median(function: Callable[[], object], device: torch.device, times: int = 7) -> float:

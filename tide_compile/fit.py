@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from tide_compile.collect import Collected, Reservoir
 from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
 from tide_compile.decoder import Decoder
+from tide_compile.device import mixed_precision
 from tide_compile.kernels.route import normalise_reference
 from tide_compile.networks import ProbeRouter, Projection, TokenRouter
 from tide_compile.project import distil, factor, fit_affine, fit_shortcut, kl
@@ -97,11 +97,10 @@ def _shortcuts(collected: Collected, config: TIDEConfig) -> dict[int, Projection
 
 
 def _head(decoder: Decoder) -> Callable[[Tensor], Tensor]:
-    """The model's head for distillation; in bfloat16 on CPUs, where fp32 takes several times as long."""
+    """The model's head for distillation."""
 
     def head(states: Tensor) -> Tensor:
-        cast = decoder.device.type == "cpu" and decoder.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
+        with mixed_precision(decoder.device, decoder.dtype):
             return decoder.logits(states)
 
     return head

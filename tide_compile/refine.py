@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from tide_compile.config import TIDEConfig
 from tide_compile.corpus import Row
 from tide_compile.decoder import Decoder
+from tide_compile.device import mixed_precision
 from tide_compile.networks import Projection
 from tide_compile.project import kl
 from tide_compile.reference import eager_reference
@@ -23,7 +24,7 @@ from tide_compile.routers import RouterBank
 from tide_compile.screen import thresholds_at
 
 _ROWS, _LENGTH = 4, 128  # of a step
-_RATE = 6e-4
+_RATE = 8e-4
 _CHECKS = 4  # times that held-out rows judge
 _JUDGED = 4  # batches of them
 _PRICES = (0.5, 1.0)  # of exits, between careful and bold
@@ -33,7 +34,7 @@ def refine_shortcuts(
     decoder: Decoder, bank: RouterBank, rows: Sequence[Row], steps: int, seed: int, progress: bool = False
 ) -> dict[int, Projection]:
     """Train a bank's shortcuts by distillation: texts are read with exits, and the loss is the Kullback-Leibler
-    divergence of what tokens that run all layers predict from what they predict where no token leaves.
+    divergence of what their tokens predict from what they predict where none leaves.
 
     Args:
         rows: texts; those that are held out judge. steps: of 4 rows of up to 128 tokens. seed: of their order.
@@ -83,20 +84,22 @@ def refine_shortcuts(
 def _divergence(
     decoder: Decoder, bank: RouterBank, tensors: dict[int, dict[str, Tensor]], texts: list[list[int]], price: float
 ) -> Tensor:
-    """In nats, mean over the tokens that run all layers."""
+    """In nats, mean over the tokens."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(decoder.device)
     mask = nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], batch_first=True)
     arguments = {"input_ids": ids, "attention_mask": mask.to(decoder.device), "use_cache": False}
-    with torch.no_grad():
+    precision = mixed_precision(decoder.device, decoder.dtype)
+    with torch.no_grad(), precision:
         wanted = decoder.model.forward(**arguments).logits
     bank = replace(bank, thresholds=thresholds_at(price, bank.layers, bank.num_layers))
     with eager_reference(decoder.model, bank, TIDEConfig(kv_cache_strategy="shortcut"), decoder) as reference:
         for layer, found in tensors.items():
             if layer in reference.settings.shortcuts:
                 reference.settings.shortcuts[layer] = {n: p.to(decoder.dtype) for n, p in found.items()}
-        ours = decoder.model(**arguments).logits  # [B, S, V]
-    stayed = reference.exit_layers[0].to(ours.device) == bank.num_layers - 1
-    return kl(ours[stayed], wanted[stayed])
+        with precision:
+            ours = decoder.model(**arguments).logits  # [B, S, V]
+    real = mask.bool().to(ours.device)
+    return kl(ours[real], wanted[real])
 
 
 @contextmanager
