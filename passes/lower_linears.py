@@ -1,4 +1,4 @@
-"""lower_linears: products of few rows with a weight, each in the form that is fastest for its shape.
+"""lower_linears: products of few rows with weights, those of one input together, in the form that is fastest for them.
 
 Runs inside Inductor, on the ATen graph of a piece: there quantised weights have become plain tensors too.
 """
@@ -29,28 +29,39 @@ _OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Indu
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """x [rows, ins] in ``dtype`` times the transpose of a weight [outs, ins] that is kept in ``stored``."""
+class Linears:
+    """x [rows, ins] in ``dtype`` times transposes of weights [out, ins], kept in ``stored``, one for each of ``outs``."""
 
     rows: int
-    outs: int
+    outs: tuple[int, ...]
     ins: int
     dtype: torch.dtype
     stored: torch.dtype
 
     def __str__(self) -> str:
         kept = "" if self.stored == self.dtype else f" from {self.stored}"
-        return f"[{self.rows}, {self.ins}] x [{self.outs}, {self.ins}] {self.dtype}{kept}".replace("torch.", "")
+        outs = "+".join(map(str, self.outs))
+        return f"[{self.rows}, {self.ins}] x [{outs}, {self.ins}] {self.dtype}{kept}".replace("torch.", "")
 
 
-def find_linears(graph: Graph) -> set[Linear]:
+def find_linears(graph: Graph) -> set[Linears]:
     """The products on a CPU in a Dynamo graph whose sizes are constants."""
-    found = set()
+    outs: dict[tuple[Node, torch.dtype], list[int]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
         x, weight = (value_of(n) for n in node.args[:2])
         if x.device.type == "cpu" and all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
-            found.add(Linear(math.prod(x.shape[:-1]), *weight.shape, x.dtype, _stored(weight)))
+            outs[_undropped(node.args[0]), _stored(weight)].append(weight.shape[0])
+    found = set()
+    for (node, stored), sizes in outs.items():
+        x = value_of(node)
+        found.add(Linears(math.prod(x.shape[:-1]), tuple(sorted(sizes)), x.shape[-1], x.dtype, stored))
     return found
+
+
+def _undropped(x: Node) -> Node:
+    while x.target is torch.nn.functional.dropout:  # none where nothing is trained
+        x = x.args[0]
+    return x
 
 
 def _stored(weight: Tensor) -> torch.dtype:
@@ -90,23 +101,27 @@ class LowerLinears(CustomGraphPass):
     Safe because both compute the same sums of products; weights are neither copied nor reordered.
     """
 
-    def __init__(self, forms: Mapping[Linear, Form]) -> None:
-        self.streamed = {linear for linear, form in forms.items() if form == "stream"}
+    def __init__(self, forms: Mapping[Linears, Form]) -> None:
+        self.streamed = {linears for linears, form in forms.items() if form == "stream"}
 
     def uuid(self) -> object:
         """What Inductor's caches tell code made with this pass by."""
         return get_hash_for_files((__file__, *_OPS)), sorted(map(str, self.streamed))
 
     def __call__(self, graph: Graph) -> None:
-        by_input: dict[Node, list[Node]] = defaultdict(list)
+        by_input: dict[tuple[Node, torch.dtype], list[Node]] = defaultdict(list)
         for target in (aten.mm.default, aten.addmm.default):
             for node in graph.find_nodes(op="call_function", target=target):
                 *_, x, transposed = node.args
                 weight = _weight_of(transposed)
-                if weight is not None and not node.kwargs and _linear_of(x, weight) in self.streamed:
-                    by_input[_origin(x)].append(node)
-        for products in by_input.values():
-            size = part_size([_value(node).shape[1] for node in products])
+                if weight is not None and not node.kwargs and isinstance(_value(x).shape[0], int):
+                    by_input[_origin(x), _value(weight).dtype].append(node)
+        for (_, stored), products in by_input.items():
+            x, outs = products[0].args[-2], sorted(_value(node).shape[1] for node in products)
+            (rows, ins), dtype = _value(x).shape, _value(x).dtype
+            if Linears(rows, tuple(outs), ins, dtype, stored) not in self.streamed:
+                continue
+            size = part_size(outs)
             for node in products:
                 *bias, x, transposed = node.args  # read now: x may be a product that has been replaced
                 inputs = [x, _weight_of(transposed), *bias]
@@ -134,12 +149,6 @@ def _weight_of(factor: Node) -> Node | None:
             return None
         factor = factor.args[0]
     return factor if transposed and _value(factor).is_contiguous() else None
-
-
-def _linear_of(x: Node, weight: Node) -> Linear | None:
-    if not isinstance(_value(x).shape[0], int):
-        return None
-    return Linear(_value(x).shape[0], *_value(weight).shape, _value(x).dtype, _value(weight).dtype)
 
 
 def _value(node: Node) -> Tensor:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
-from tide_compile.passes.lower_linears import Linear, LowerLinears, find_linears, part_size
+from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -51,9 +51,9 @@ def test_streamed(rows, dtype):
 
     def function(x):
         queries = linear(x, q)[0]
-        return queries, linear(x, k, bias), linear(x, v), linear(queries, k.sin()), linear(x, other)
+        return queries, linear(x, k, bias), linear(x, v), linear(queries, k.sin()), linear(x.cos(), other)
 
-    forms = {Linear(rows, outs, 48, dtype, dtype): "stream" for outs in (48, 16)}
+    forms = {Linears(rows, (16, 16, 48), 48, dtype, dtype): "stream"}
     run, spy = compiled_with(function, LowerLinears(forms))
     for got, want in zip(run(x), function(x), strict=True):
         assert_close(got, want)
@@ -66,7 +66,7 @@ def test_rows_are_left_over():
     """37 rows in parts of 9."""
     x, w, bias = random(2, 48), random(37, 48), random(37)
     run, spy = compiled_with(
-        lambda x: linear(x, w, bias), LowerLinears({Linear(2, 37, 48, x.dtype, x.dtype): "stream"})
+        lambda x: linear(x, w, bias), LowerLinears({Linears(2, (37,), 48, x.dtype, x.dtype): "stream"})
     )
     assert_close(run(x), linear(x, w, bias))
     assert spy.count[aten.sum.dim_IntList] == 2 * 5
@@ -76,7 +76,7 @@ def test_rows_are_left_over():
 def test_product_of_a_product():
     """Catches an input that was a product itself and is gone when its turn comes."""
     x, a, b = random(1, 48), random(16, 48), random(48, 16)
-    forms = dict.fromkeys((Linear(1, 16, 48, x.dtype, x.dtype), Linear(1, 48, 16, x.dtype, x.dtype)), "stream")
+    forms = dict.fromkeys((Linears(1, (16,), 48, x.dtype, x.dtype), Linears(1, (48,), 16, x.dtype, x.dtype)), "stream")
     run, spy = compiled_with(lambda x: linear(linear(x, a), b), LowerLinears(forms))
     assert_close(run(x), linear(linear(x, a), b))
     assert not spy.count[aten.mm.default]
@@ -96,7 +96,7 @@ def test_attention_with_a_mask_for_all():
 def test_prompts_of_any_length_stay():
     """The number of rows is a symbol there."""
     x, w = random(9, 48), random(32, 48)
-    run, spy = compiled_with(lambda x: linear(x, w), LowerLinears({Linear(1, 32, 48, x.dtype, x.dtype): "stream"}))
+    run, spy = compiled_with(lambda x: linear(x, w), LowerLinears({Linears(1, (32,), 48, x.dtype, x.dtype): "stream"}))
     torch._dynamo.mark_dynamic(x, 0)
     assert_close(run(x), linear(x, w))
     assert spy.count[aten.mm.default] == 1
@@ -112,7 +112,7 @@ def test_quantised_weights_are_streamed():
     x = random(1, 64, dtype=torch.bfloat16)
     (graph,) = capture(model, x)
     found = find_linears(graph.graph)
-    assert found == {Linear(1, 32, 64, torch.bfloat16, torch.int8)}
+    assert found == {Linears(1, (32,), 64, torch.bfloat16, torch.int8)}
     run, spy = compiled_with(model, LowerLinears(dict.fromkeys(found, "stream")))
     assert_close(run(x), model(x))
     assert not spy.count[aten.mm.default] and spy.count[aten.sum.dim_IntList]
@@ -155,10 +155,10 @@ def test_attention_of_one_query_with_grouped_keys():
     assert_close(attend_one(query, key, value, scale=None), want)
 
 
-@pytest.mark.parametrize("outs", [1, 7, 50257])
+@pytest.mark.parametrize("outs", [(1,), (7,), (50257,), (3, 5, 1)])
 def test_weights_of_any_size_are_measured(outs):
     """Catches sizes that the parts of the measured loop do not divide."""
-    product = Linear(1, outs, 16, torch.float32, torch.float32)
+    product = Linears(1, outs, 16, torch.float32, torch.float32)
     assert tuning.fastest_forms({product})[product] in ("aten", "stream")
 
 
@@ -166,8 +166,8 @@ def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
     """The second process finds the result; a broken file is measured anew; one that cannot be written is no error."""
     measured = []
     fake = {"aten": 1.0, "stream": 2.0}
-    monkeypatch.setattr(tuning, "_seconds", lambda products, linear: measured.append(linear) or fake)
-    product = Linear(4, 8, 16, torch.float32, torch.float32)
+    monkeypatch.setattr(tuning, "_seconds", lambda products, linears: measured.append(linears) or fake)
+    product = Linears(4, (8,), 16, torch.float32, torch.float32)
     assert tuning.fastest_forms({product}) == {product: "aten"}
     count = len(measured)
     assert tuning.fastest_forms({product}) == {product: "aten"} and len(measured) == count

@@ -12,7 +12,7 @@ from tide_compile.compiled import Lazy, Runnable, compile_piece
 from tide_compile.inductor_code import note_code_files
 from tide_compile.passes.fx_tools import structure_key
 from tide_compile.passes.lower_attention import LowerAttention
-from tide_compile.passes.lower_linears import Form, Linear, LowerLinears, find_linears
+from tide_compile.passes.lower_linears import Form, Linears, LowerLinears, find_linears
 from tide_compile.passes.plan import Piece, Program
 from tide_compile.tuning import fastest_forms
 
@@ -92,6 +92,6 @@ def _is_later(name: str) -> bool:
     return name.startswith(("fill_", "project_")) or name.endswith((".masked", ".compact"))
 
 
-def _linears(piece: Piece, forms: dict[Linear, Form]) -> dict[str, object]:
-    chosen = {linear: forms[linear] for linear in find_linears(piece.graph.graph) & forms.keys()}
+def _linears(piece: Piece, forms: dict[Linears, Form]) -> dict[str, object]:
+    chosen = {linears: forms[linears] for linears in find_linears(piece.graph.graph) & forms.keys()}
     return {"post_grad_custom_pre_pass": [LowerLinears(chosen), LowerAttention()]}

@@ -18,35 +18,35 @@ from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name, measured
 from tide_compile.files import cache_folder, write_text
 from tide_compile.passes.cost import Device
-from tide_compile.passes.lower_linears import CHUNKS, Form, Linear, stream
+from tide_compile.passes.lower_linears import CHUNKS, Form, Linears, stream
 
 log = logging.getLogger("tide_compile")
 
 _MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
-_ROUNDS = 5
+_ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
 
-def fastest_forms(linears: Iterable[Linear]) -> dict[Linear, Form]:
-    """The fastest form of each product of few rows on this machine's CPU, measured in some 0.1 s unless it is known.
+def fastest_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
+    """The fastest form of products of few rows on this machine's CPU, measured in some 0.3 s unless it is known.
 
     Results are kept in ``linears.json`` in the cache folder, by processor, threads and torch version.
     """
     known = _load().get(_machine(), {})
-    few = [linear for linear in sorted(linears, key=str) if linear.rows <= _MOST_STREAMED]
-    missing = [linear for linear in few if str(linear) not in known]
-    for linear in missing:
-        seconds = _seconds(_candidates(linear), linear)
-        known[str(linear)] = "stream" if seconds["stream"] < seconds["aten"] + _CALL else "aten"
-        log.info("%s: %s", linear, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
+    few = [linears for linears in sorted(found, key=str) if linears.rows <= _MOST_STREAMED]
+    missing = [linears for linears in few if str(linears) not in known]
+    for linears in missing:
+        seconds = _seconds(_candidates(linears), linears)
+        known[str(linears)] = "stream" if seconds["stream"] < seconds["aten"] + _CALL * len(linears.outs) else "aten"
+        log.info("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if missing:
         try:
             write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
         except OSError as error:
             log.warning("what was measured is not kept for the next process: %s", error)
-    return {linear: known[str(linear)] for linear in few}
+    return {linears: known[str(linears)] for linears in few}
 
 
 @functools.cache
@@ -54,17 +54,22 @@ def measured_decoding(dtype: torch.dtype) -> Device:
     """This CPU as decoding finds it: bytes per second of streamed weights, and seconds that a product costs whatever
     its size."""
     streamed = _streamed(1, dtype, dtype)
-    large, tiny = Linear(1, 1 << 15, 1 << 10, dtype, dtype), Linear(1, 64, 64, dtype, dtype)
-    seconds = [_seconds({"stream": streamed}, linear)["stream"] for linear in (large, tiny)]
-    bandwidth = large.outs * large.ins * dtype.itemsize / seconds[0]
+    large, tiny = Linears(1, (1 << 15,), 1 << 10, dtype, dtype), Linears(1, (64,), 64, dtype, dtype)
+    seconds = [_seconds({"stream": streamed}, linears)["stream"] for linears in (large, tiny)]
+    bandwidth = sum(large.outs) * large.ins * dtype.itemsize / seconds[0]
     return Device(measured(torch.device("cpu"), dtype).flops, bandwidth, seconds[1])
 
 
-def _candidates(linear: Linear) -> dict[Form, Callable[[Tensor, Tensor], object]]:
-    streamed = _streamed(linear.rows, linear.dtype, linear.stored)
-    if linear.stored == linear.dtype:
-        return {"aten": torch.nn.functional.linear, "stream": streamed}
-    return {"aten": lambda x, weight: torch.nn.functional.linear(x, weight.to(x.dtype)), "stream": streamed}
+def _candidates(linears: Linears) -> dict[Form, Callable[[Tensor, Tensor], object]]:
+    total = sum(linears.outs)
+
+    def one_by_one(x: Tensor, weight: Tensor) -> None:
+        """Parts of ``weight`` [N, ins] in the proportions of ``outs``, as if each were a weight of its own."""
+        ends = [sum(linears.outs[: i + 1]) * len(weight) // total for i in range(len(linears.outs))]
+        for start, end in zip([0, *ends], ends, strict=False):
+            torch.nn.functional.linear(x, weight[start:end].to(x.dtype))
+
+    return {"aten": one_by_one, "stream": _streamed(linears.rows, linears.dtype, linears.stored)}
 
 
 @functools.cache
@@ -82,18 +87,20 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
     return compile_graph(graph, inputs)
 
 
-def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linear: Linear) -> dict[Form, float]:
+def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linears: Linears) -> dict[Form, float]:
     """Of each product, the least of some rounds in which they take turns, because whatever else the machine does adds.
-    Of a very large weight a part will do."""
-    per_row = linear.ins * linear.stored.itemsize
-    outs = min(linear.outs, _WORKING_SET // (2 * per_row)) // _PARTS * _PARTS or _PARTS
+    Of very large weights a part will do."""
+    total, per_row = sum(linears.outs), linears.ins * linears.stored.itemsize
+    outs = min(total, _WORKING_SET // (2 * per_row)) // _PARTS * _PARTS or _PARTS
     count = max(2, min(256, _WORKING_SET // (outs * per_row)))
-    x = torch.ones(linear.rows, linear.ins, dtype=linear.dtype)
-    weights = torch.ones(count, outs, linear.ins, dtype=linear.stored).unbind()
+    x = torch.ones(linears.rows, linears.ins, dtype=linears.dtype)
+    weights = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     for product in products.values():
         product(x, weights[0])
-    rounds = [{form: _once(p, x, weights) / count for form, p in products.items()} for _ in range(_ROUNDS)]
-    return {form: min(r[form] for r in rounds) * linear.outs / outs for form in products}
+    rounds: list[dict[Form, float]] = []
+    while len(rounds) < _ROUNDS or sum(sum(r.values()) for r in rounds) * count < _LEAST:
+        rounds.append({form: _once(p, x, weights) / count for form, p in products.items()})
+    return {form: min(r[form] for r in rounds) * total / outs for form in products}
 
 
 def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
