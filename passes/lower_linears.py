@@ -30,7 +30,7 @@ _OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Indu
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """x [rows, ins] in ``dtype`` times transposes of weights [out, ins], kept in ``stored``, one for each of ``outs``."""
+    """x [rows, ins] in ``dtype`` times transposes of weights [out, ins], kept in ``stored``, for each of ``outs``."""
 
     rows: int
     outs: tuple[int, ...]
