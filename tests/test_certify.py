@@ -49,10 +49,8 @@ def test_tokens_leave_at_the_first_checkpoint_they_may():
     correct = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
     assert leaving(scores, correct, {0: 0.9, 1: 0.9}) == (0.25, {0: 0.5, 1: 0.25})
     assert thresholds_at(0.4, (0, 1), 4) == {0: pytest.approx(0.7), 1: pytest.approx(0.8)}
-    assert prices_for([{"price": p, "disagreement": p / 10} for p in (0.1, 0.2, 0.4)], (0.005, 0.02, 0.03)) == [
-        0.1,
-        0.2,
-    ]
+    table = [{"price": p, "disagreement": d} for p, d in ((0.1, 0.01), (0.2, 0.02), (0.3, 0.015), (0.4, 0.04))]
+    assert prices_for(table, (0.005, 0.015, 0.03, 0.5)) == pytest.approx([0.1, 0.15, 0.35, 0.4])
 
 
 def test_screen_reads_texts_with_exits(model, bank):

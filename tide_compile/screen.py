@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -83,9 +84,8 @@ def leaving(scores: Tensor, correct: Tensor, thresholds: Mapping[int, float]) ->
 
 
 def prices_for(table: list[dict[str, float]], disagreements: Sequence[float]) -> list[float]:
-    """The largest price of a ``screen`` that keeps each of the disagreements, ascending and each once."""
-    found = {
-        max((row["price"] for row in table if row["disagreement"] <= most), default=table[0]["price"])
-        for most in disagreements
-    }
-    return sorted(found)
+    """The prices at which a ``screen`` would have found each of the disagreements, between its own prices by linear
+    interpolation; ascending and each once."""
+    measured = np.maximum.accumulate([row["disagreement"] for row in table])
+    found = np.interp(disagreements, measured, [row["price"] for row in table])
+    return sorted({round(price, 6) for price in found.tolist()})
