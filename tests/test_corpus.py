@@ -1,5 +1,7 @@
 """The corpus of a calibration: text the model writes, chat templates, interruptions, several processes."""
 
+import os
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -73,9 +75,10 @@ def same(one, two):
     return all(torch.allclose(a, b, atol=1e-4) for p, q in pairs for a, b in zip(p[:2], q[:2], strict=True))
 
 
-def test_interrupted(small_shards, file, tmp_path, monkeypatch):
-    """Going on gives what an undisturbed run gives, without reading again what was read. Catches tokens that count
-    twice."""
+@pytest.mark.parametrize("touched", [False, True])
+def test_interrupted(small_shards, file, tmp_path, monkeypatch, touched):
+    """Going on gives what an undisturbed run gives, without reading again what was read, unless the file was written
+    in the meantime. Catches tokens that count twice, and half of an older text."""
     whole = run(tiny("rmsnorm-rope-gqa"), str(file), num_samples=40, save_path=tmp_path / "whole.safetensors")
     read = []
     original = Characters.__call__
@@ -91,8 +94,11 @@ def test_interrupted(small_shards, file, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(tiny("rmsnorm-rope-gqa"), str(file), num_samples=40, save_path=path)
     assert not path.exists()
+    if touched:
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
     bank = run(tiny("rmsnorm-rope-gqa"), str(file), num_samples=40, save_path=path)
-    assert read == [8] * (6 + 5)  # three shards, the one that failed, the two that were left; all five to refine with
+    again = 5 if touched else 2  # shards, after three and the one that failed; all five to refine with
+    assert read == [8] * (4 + again + 5)
     assert bank.metadata["texts"] == 40 and bank.metadata["tokens"] == whole.metadata["tokens"]
     assert same(bank.projections.values(), whole.projections.values())
     assert same(bank.shortcuts.values(), whole.shortcuts.values())

@@ -107,7 +107,10 @@ def calibrate(
         decoder, corpus, watched, config.calibration_samples,
         moments=() if config.exit_strategy == "identity" else layers,
         batch_size=batch_size, partial=partial, progress=progress,
-        signature={"model": mark, "layers": [layers, watched], "samples": config.calibration_samples, **facts},
+        signature={
+            "model": mark, "layers": [layers, watched], "samples": config.calibration_samples, **facts,
+            "versions": corpus.versions(),
+        },
     )  # fmt: skip
     if _is_first():
         bank = fit_bank(decoder, layers, collected, config, seed, progress)

@@ -94,6 +94,11 @@ class Corpus:
         skip = self._each(limit)
         return self._beginnings(list(itertools.islice(calibration_texts(self._texts, skip + count), skip, None)))
 
+    def versions(self) -> list[int]:
+        """When the files among the sources were last written, in nanoseconds."""
+        paths = [Path(s) for s in self._sources if isinstance(s, str | Path) and s != SELF]
+        return [path.stat().st_mtime_ns for path in paths if path.is_file()]
+
     def _each(self, limit: int) -> int:
         """Rows of each source."""
         return -(-limit // len(self._sources))
