@@ -129,11 +129,11 @@ def _route_kernel(
             total += tl.load(h + start + column[None, :], mask=mask, other=0).to(tl.float32)
         mean = tl.sum(total, 1) / H
     squares = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    wrong = tl.zeros([BLOCK_T, BLOCK_H], tl.int32)
+    wrong = tl.zeros([BLOCK_T], tl.int32)  # a tile of it would not fit the registers everywhere
     for start in range(0, H, BLOCK_H):
         mask = inside[:, None] & (start + column < H)[None, :]
         x = tl.load(h + start + column[None, :], mask=mask, other=0).to(tl.float32)
-        wrong |= tl.where(tl.abs(x) < float("inf"), 0, 1)
+        wrong |= tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1)
         x = tl.where(mask, x - mean[:, None], 0.0)
         squares += x * x
     scale = tl.rsqrt(tl.sum(squares, 1) / H + tl.cast(eps, tl.float32))  # eps is fp64 under Inductor, fp32 in eager
@@ -160,7 +160,7 @@ def _route_kernel(
         hidden = tl.sum(products, 1)[None, :]
 
     logit = tl.sum(hidden * tl.sigmoid(hidden) * tl.load(up + unit, mask=known, other=0)[None, :], 1)
-    logit = tl.where(tl.max(wrong, 1) == 0, logit, float("nan"))
+    logit = tl.where(wrong == 0, logit, float("nan"))
     if SPLIT:
         tl.store(parts + tl.program_id(1).to(tl.int64) * rows + row, logit, mask=inside)
     else:

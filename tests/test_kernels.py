@@ -12,6 +12,7 @@ import torch
 from tide_compile.kernels import compact, project, route, scatter
 from tide_compile.kernels.build import DTYPES, Sizes, build, launches
 from tide_compile.kernels.cards import CAPABILITIES, CARDS, CardError, check_dtype
+from tide_compile.kernels.probe import FEATURES
 from tide_compile.kernels.tuning import FIXED, fitting
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor.utils import run_and_get_code
@@ -36,6 +37,9 @@ def samples():
     h, out, flags = torch.randn(2, 7, H), torch.randn(2, 7, H), torch.rand(2, 7) > 0.5
     yield torch.ops.tide.route.default, (h, flags, *router(), 1e-6, True)
     yield torch.ops.tide.route.default, (h[:, :1].half(), flags[:, :1], *router(bias=False), 1e-6, False)
+    yield torch.ops.tide.route.default, (h, flags, *router(), 1e-6, True, torch.randn(2, 7))
+    maps = torch.randn(R, H), torch.randn(40, R), torch.zeros(40), torch.randn(D, FEATURES), torch.ones(D)
+    yield torch.ops.tide.probe.default, (h, torch.ones(H), None, *maps, torch.randn(1, D), 1e-6, False)
     yield torch.ops.tide.scatter.default, (h, flags, out)
     h, out = h.bfloat16(), out.bfloat16()
     yield torch.ops.tide.project.default, (h, flags, out)
