@@ -90,15 +90,13 @@ def _fits(config: triton.Config, sizes: Mapping[str, object]) -> bool:
     block_h = config.kwargs["BLOCK_H"]
     if sizes["BLOCK_T"] == 1:
         return block_h >= 256 and block_h <= max(256, sizes["H"])
-    wide = sizes["BLOCK_D"] == _WIDEST
-    return block_h < 256 and (wide or block_h > 16) and block_h * sizes["BLOCK_D"] <= _TILE * config.num_warps
+    return block_h < 256 and block_h * sizes["BLOCK_D"] <= _TILE * config.num_warps
 
 
 @tuned(
     [
         triton.Config({"BLOCK_H": 32}, num_warps=4, num_stages=2),
         triton.Config({"BLOCK_H": 32}, num_warps=8, num_stages=2),
-        triton.Config({"BLOCK_H": 16}, num_warps=8, num_stages=2),
         triton.Config({"BLOCK_H": 256}, num_warps=4, num_stages=1),
         triton.Config({"BLOCK_H": 512}, num_warps=8, num_stages=1),
     ],
