@@ -31,16 +31,18 @@ from tide_compile.texts import calibration_texts
 from tide_compile.tune import Point, measure_point, perplexity
 
 LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08)  # of disagreement at first sight, of the frontier
-THRESHOLDS = (0.3, 0.5, 0.85)  # of the reference's recipe
+THRESHOLDS = (0.5, 0.85)  # of the reference's recipe
+COSINES = (0.98, 0.7)  # that make its label; the second is not its own, but lets tokens leave where none comes so close
 HEADERS = ["", "exits by layer, % of tokens", "layers saved", "agreement", "perplexity"]
 TEXT_TOKENS = 256
 
 
-def reference_recipe(config: TIDEConfig, min_layers: int) -> TIDEConfig:
+def reference_recipe(config: TIDEConfig, min_layers: int, cosine: float) -> TIDEConfig:
     """What tide-inference 0.2.1 does: label, exit and router."""
     return replace(
         config,
         calibration_label="cosine",
+        convergence_threshold=cosine,
         exit_strategy="identity",
         router_kind="mlp",
         min_layers=min_layers,
@@ -129,9 +131,10 @@ def main() -> None:
             row(f"price {price:.3g}", measured(bank, thresholds_at(price, bank.layers, bank.num_layers), config))
         )
         print(rows[-1], flush=True)
-    for name, layers in (("its defaults", 8), (f"min_layers {args.min_layers}", args.min_layers)):
-        recipe = reference_recipe(config, layers)
-        other = routers(args.routers / f"reference-{layers}.safetensors", model, tokenizer, recipe, args)
+    for layers, cosine in ((8, COSINES[0]), *((args.min_layers, cosine) for cosine in COSINES)):
+        recipe = reference_recipe(config, layers, cosine)
+        path = args.routers / f"reference-{layers}-{cosine}.safetensors"
+        other, name = routers(path, model, tokenizer, recipe, args), f"min_layers {layers}, cosine {cosine}"
         for threshold in THRESHOLDS:
             point = measured(other, dict.fromkeys(other.layers, threshold), recipe)
             rows.append(row(f"reference's recipe, {name}, threshold {threshold}", point))
