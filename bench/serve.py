@@ -107,6 +107,9 @@ def main() -> None:
         bank = RouterBank.synthetic(model, ids, {depth - 1: args.leave})
         config = TIDEConfig(exit_threshold=0.85, min_layers=depth, checkpoint_interval=depth)
     engine = TIDE(model, bank, config)
+    started = time.perf_counter()
+    engine.warmup()
+    compiling = time.perf_counter() - started
     with serving(build_app(engine, tokenizer, "bench", waiting=len(prompts), total_tokens=256)) as url:
         started = time.perf_counter()
         answers = asyncio.run(ask_all(url, prompts, args.tokens))
@@ -131,6 +134,7 @@ def main() -> None:
         ["first token of streamed ones, s: median", f"{statistics.median(firsts):.1f}"],
         ["tokens per second, served", f"{tokens / served:.1f}"],
         ["tokens per second, offline", f"{tokens / alone:.1f}"],
+        ["warm-up before, s", f"{compiling:.1f}"],
         ["tokens that left early", f"{engine.stats.exit_rate:.0%}"],
     ]
     title = f"{args.model}, {args.dtype}, up to {args.tokens} tokens each, one thread generates"
