@@ -1,7 +1,7 @@
 """python -m bench.serve: the server under many requests at once, against the same requests offline.
 
-Starts the server of ``tide_compile.serving`` on loopback, sends all requests at the same moment through OpenAI's client
-(every second one streamed), and afterwards generates the same prompts with the same engine, one after the other. Prints
+Generates from all prompts, one after the other, then starts the server of ``tide_compile.serving`` around the same
+engine on loopback and sends all requests at the same moment through OpenAI's client (every second one streamed). Prints
 how many were answered, how many have the offline text (greedy), latencies and tokens per second. ``--leave``: the share
 of tokens that leave after a third of the layers (synthetic routers: what exits are worth, not what they get right).
 """
@@ -27,6 +27,7 @@ from bench.models import SMOLLM2, load_model
 from bench.report import show
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.serving import build_app
+from tide_compile.serving_worker import one_thread
 from tide_compile.texts import calibration_texts
 
 _PROMPT = 120  # characters
@@ -89,6 +90,19 @@ def generate(engine: TIDE, tokenizer: object, prompt: str, tokens: int) -> tuple
     return tokenizer.decode(new, skip_special_tokens=True), len(new)
 
 
+def ready(args: argparse.Namespace, prompts: list[str]) -> tuple[TIDE, object, float]:
+    """The engine, compiled, its tokenizer, and the seconds that compiling took."""
+    model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
+    depth = model.config.num_hidden_layers // 3
+    bank, config = None, TIDEConfig(exit_threshold=1.0)
+    if args.leave:
+        ids = tokenizer(" ".join(prompts[:10]), return_tensors="pt")["input_ids"]
+        bank = RouterBank.synthetic(model, ids, {depth - 1: args.leave})
+        config = TIDEConfig(exit_threshold=0.85, min_layers=depth, checkpoint_interval=depth)
+    engine = TIDE(model, bank, config)
+    return engine, tokenizer, engine.warmup(max_new_tokens=240)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="smollm2, a hub name or a folder")
@@ -98,25 +112,16 @@ def main() -> None:
     parser.add_argument("--leave", type=float, default=0.5, help="share of tokens that leave early, 0 to 1")
     parser.add_argument("--json", help="also write the result to this file")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model, getattr(torch, args.dtype))
-    depth = model.config.num_hidden_layers // 3
     prompts = [" ".join(t.split())[:_PROMPT] for t in calibration_texts("pydoc", args.requests)]
-    bank, config = None, TIDEConfig(exit_threshold=1.0)
-    if args.leave:
-        ids = tokenizer(" ".join(prompts[:10]), return_tensors="pt")["input_ids"]
-        bank = RouterBank.synthetic(model, ids, {depth - 1: args.leave})
-        config = TIDEConfig(exit_threshold=0.85, min_layers=depth, checkpoint_interval=depth)
-    engine = TIDE(model, bank, config)
+    pool = one_thread()
+    engine, tokenizer, compiling = pool.submit(ready, args, prompts).result()
     started = time.perf_counter()
-    engine.warmup()
-    compiling = time.perf_counter() - started
-    with serving(build_app(engine, tokenizer, "bench", waiting=len(prompts), total_tokens=256)) as url:
+    offline = pool.submit(lambda: [generate(engine, tokenizer, prompt, args.tokens) for prompt in prompts]).result()
+    alone = time.perf_counter() - started
+    with serving(build_app(engine, tokenizer, "bench", waiting=len(prompts), total_tokens=256, pool=pool)) as url:
         started = time.perf_counter()
         answers = asyncio.run(ask_all(url, prompts, args.tokens))
         served = time.perf_counter() - started
-    started = time.perf_counter()
-    offline = [generate(engine, tokenizer, prompt, args.tokens) for prompt in prompts]
-    alone = time.perf_counter() - started
     answered = [a for a in answers if isinstance(a, Answer)]
     for error in {str(a) for a in answers if not isinstance(a, Answer)}:
         print(f"not answered: {error}")

@@ -20,6 +20,7 @@ import uvicorn
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.serving import build_app
+from tide_compile.serving_worker import one_thread
 
 
 def main(
@@ -37,7 +38,10 @@ def main(
 ) -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tide_compile").setLevel(logging.INFO)
-    engine = TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
+    pool = one_thread()
+    engine = pool.submit(
+        lambda: TIDE(load_model(model, find_dtype(dtype)), router, TIDEConfig(exit_threshold=threshold))
+    ).result()
     tokenizer = load_tokenizer(model)
     app = build_app(
         engine,
@@ -46,6 +50,7 @@ def main(
         waiting=waiting,
         total_tokens=total_tokens,
         max_bytes=max_bytes,
+        pool=pool,
     )
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=grace)
 

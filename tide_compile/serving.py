@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ def build_app(
     total_tokens: int = 2048,
     max_bytes: int = 1 << 18,
     warmup: bool = True,
+    pool: ThreadPoolExecutor | None = None,
 ) -> FastAPI:
     """The application: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models``, ``/health``, ``/metrics``.
 
@@ -55,6 +57,7 @@ def build_app(
         total_tokens: of prompt and reply together; the cache is as long, and every token looks at all of it.
         max_bytes: of a request's body.
         warmup: compile everything before the first request is taken.
+        pool: ``one_thread()`` in which the model was loaded, for full speed on a CPU. It is shut down with the app.
 
     Raises:
         ConfigError: the tokenizer is not a fast one, or a limit is below what a request needs.
@@ -63,7 +66,7 @@ def build_app(
         raise ConfigError(f"{total_tokens=}, {waiting=}, {max_bytes=}: give at least 8, 0 and 1.")
     positions = getattr(engine.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     total_tokens = min(total_tokens, positions or total_tokens)  # of a model without a limit: None
-    service = _Service(engine, tokenizer, name, waiting, total_tokens)
+    service = _Service(engine, tokenizer, name, waiting, total_tokens, pool)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -112,13 +115,19 @@ class _Service:
     """What the endpoints share."""
 
     def __init__(
-        self, engine: TIDE, tokenizer: PreTrainedTokenizerBase, name: str, waiting: int, total_tokens: int
+        self,
+        engine: TIDE,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        waiting: int,
+        total_tokens: int,
+        pool: ThreadPoolExecutor | None,
     ) -> None:
         self.name, self.created = name, int(time.time())
         self._tokenizer, self._total_tokens = tokenizer, total_tokens
         self._vocabulary = engine.model.config.get_text_config(decoder=True).vocab_size
         self._has_exits = engine.config.exit_threshold != 1
-        self.worker = Worker(engine, tokenizer, waiting, self._count)
+        self.worker = Worker(engine, tokenizer, waiting, self._count, pool)
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine))
         common = {"registry": self.registry}

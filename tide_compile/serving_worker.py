@@ -145,6 +145,13 @@ class Job(BaseStreamer, StoppingCriteria):
             self.future.result()
 
 
+def one_thread() -> ThreadPoolExecutor:
+    """For everything that computes, from loading the model on. libgomp gives every thread that computes helpers of its
+    own, and once there are more than cores they sleep between two loops instead of waiting: a model that was loaded in
+    another thread decodes at little more than half of the speed."""
+    return ThreadPoolExecutor(1, thread_name_prefix="tide-generate")
+
+
 class Worker:
     """Runs jobs one after the other: the engine has one cache.
 
@@ -152,6 +159,7 @@ class Worker:
         waiting: jobs that may wait while one runs.
         finished: called in whichever thread with every job that has ended and its outcome: ``completed``, ``cancelled``
             or ``failed``.
+        pool: see ``build_app``.
     """
 
     def __init__(
@@ -160,13 +168,14 @@ class Worker:
         tokenizer: PreTrainedTokenizerBase,
         waiting: int,
         finished: Callable[[Job, str], None] = lambda *_: None,
+        pool: ThreadPoolExecutor | None = None,
     ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(f"{type(tokenizer).__name__} cannot decode token by token: load a fast tokenizer.")
         self._engine, self._waiting, self._finished = engine, waiting, finished
         self._jobs: set[Job] = set()
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tide-generate")
+        self._pool = pool or one_thread()
         self._seconds = 1.0  # of a job, lately
         pads = (engine.model.generation_config.pad_token_id, tokenizer.pad_token_id, 0)
         self._fixed = {"pad_token_id": next(p for p in pads if p is not None), "num_beams": 1}
