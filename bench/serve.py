@@ -118,7 +118,8 @@ def main() -> None:
     started = time.perf_counter()
     offline = pool.submit(lambda: [generate(engine, tokenizer, prompt, args.tokens) for prompt in prompts]).result()
     alone = time.perf_counter() - started
-    with serving(build_app(engine, tokenizer, "bench", waiting=len(prompts), total_tokens=256, pool=pool)) as url:
+    app = build_app(engine, tokenizer, "bench", waiting=len(prompts), total_tokens=256, warmup=False, pool=pool)
+    with serving(app) as url:
         started = time.perf_counter()
         answers = asyncio.run(ask_all(url, prompts, args.tokens))
         served = time.perf_counter() - started
