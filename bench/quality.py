@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from bench.models import SMOLLM2, load_model
+from bench.models import SMOLLM2, described, load_model
 from bench.report import machine, show
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.calibrate import calibrate
@@ -155,6 +155,7 @@ def document(
             f"python -m bench.quality --data {names['data']} --test {names['test']} --routers routers",
             f"--samples {args.samples} --certify-prompts {args.certify_prompts} --prompts {args.prompts}",
             f"--tokens {args.tokens} --texts {args.texts} --distillation-steps {args.distillation_steps}",
+            f"--min-layers {args.min_layers} --checkpoint-interval {args.checkpoint_interval}",
         ]
     )
     promise_headers = ["promise", "prompts", "disagreement there", "layers saved there", f"on {names['test']}",
@@ -165,7 +166,7 @@ def document(
         [
             "# What exits save, and what they cost",
             "",
-            f"{args.model}, {bank.num_layers} layers, float32. {machine()}. Calibrated on {args.samples} rows, half "
+            f"{described(args.model)}, {bank.num_layers} layers, float32. {machine()}. Calibrated on {args.samples} rows, half "
             f"paragraphs of {names['data']} (WikiText-2), half the model's own continuations of them; certified on "
             f"paragraphs of {names['data']} that come after those; measured on {prompts} beginnings of 32 tokens of "
             f"paragraphs of {names['test']}, which had no part in anything before, {args.tokens} greedy tokens each.",
