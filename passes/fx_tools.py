@@ -153,15 +153,20 @@ def add_placeholder(graph: Graph, name: str, value: object) -> Node:
 
 def replace_traced(graph: Graph, node: Node, inputs: list[Node], function: Callable[..., object]) -> None:
     """In an ATen graph inside Inductor: let ``function`` of ``inputs`` take the place of a node."""
+    node.replace_all_uses_with(insert_traced(graph, node, inputs, function))
+    graph.erase_node(node)
+
+
+def insert_traced(graph: Graph, after: Node, inputs: list[Node], function: Callable[..., object]) -> Node:
+    """In an ATen graph inside Inductor: the result of ``function`` of ``inputs``, computed behind a node."""
     from torch._inductor.pattern_matcher import fwd_only
     from torch._inductor.virtualized import V
 
     with V.fake_mode:
         traced = fwd_only(function, [n.meta["val"] for n in inputs])
     given = zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
-    with graph.inserting_before(node):
-        node.replace_all_uses_with(graph.graph_copy(traced.graph, dict(given)))
-    graph.erase_node(node)
+    with graph.inserting_before(after.next):
+        return graph.graph_copy(traced.graph, dict(given))
 
 
 def structure_key(gm: GraphModule) -> str:

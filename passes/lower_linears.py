@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 from tide_compile.kernels import route
-from tide_compile.passes.fx_tools import replace_traced, value_of
+from tide_compile.passes.fx_tools import insert_traced, replace_traced, value_of
 from torch import Tensor
+from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
@@ -72,15 +73,16 @@ def _stored(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def stream(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+def stream(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """x [M, K] times the transpose of a weight [N, K] that is given in parts: one sum for each row and each part.
 
     Inductor makes one loop of all sums of the same size, also of those of other products with the same ``x``, which
-    reads every weight once, in order, at the speed of the memory. Sums are in fp32.
+    reads every weight once, in order, at the speed of the memory. Sums are in fp32, the result in ``dtype`` or that of
+    ``x``.
     """
     parts = [part.float() for part in parts]
     sums = torch.cat([(part * row).sum(-1) for row in x.float() for part in parts])  # written in place, not copied
-    result = sums.view(x.shape[0], -1).to(x.dtype)
+    result = sums.view(x.shape[0], -1).to(dtype or x.dtype)
     return result if bias is None else result + bias
 
 
@@ -121,15 +123,26 @@ class LowerLinears(CustomGraphPass):
             (rows, ins), dtype = _value(x).shape, _value(x).dtype
             if Linears(rows, tuple(outs), ins, dtype, stored) not in self.streamed:
                 continue
-            size = part_size(outs)
+            size, shared = part_size(outs), _realized(graph, products[0].args[-2], (rows, ins))
             for node in products:
-                *bias, x, transposed = node.args  # read now: x may be a product that has been replaced
-                inputs = [x, _weight_of(transposed), *bias]
-                replace_traced(graph, node, inputs, functools.partial(_streamed, size=size))
+                *bias, _, transposed = node.args
+                inputs = [shared, _weight_of(transposed), *bias]
+                replace_traced(graph, node, inputs, functools.partial(_streamed, size=size, dtype=dtype))
 
 
-def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: int) -> Tensor:
-    return stream(x, weight.split(size), bias)
+def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: int, dtype: torch.dtype) -> Tensor:
+    return stream(x, weight.split(size), bias, dtype)
+
+
+def _realized(graph: Graph, x: Node, shape: tuple[int, int]) -> Node:
+    """``x`` in fp32 and in memory. Inductor would compute it anew for each row of a weight, a norm's root and all."""
+    origin = _origin(x)
+    after = graph.find_nodes(op="placeholder")[-1] if origin.op == "placeholder" else origin
+
+    def wide(value: Tensor) -> Tensor:
+        return torch.ops._inductor_test.realize(value.float()).view(shape)
+
+    return insert_traced(graph, after, [origin], wide)
 
 
 def _origin(x: Node) -> Node:
