@@ -168,8 +168,9 @@ def document(
             "",
             f"{described(args.model)}, {bank.num_layers} layers, float32. {machine()}. Calibrated on {args.samples} "
             f"rows, half paragraphs of {names['data']} (WikiText-2), half the model's own continuations of them; "
-            f"certified on paragraphs of {names['data']} that come after those; measured on {prompts} beginnings of 32 tokens of "
-            f"paragraphs of {names['test']}, which had no part in anything before, {args.tokens} greedy tokens each.",
+            f"certified on paragraphs of {names['data']} that come after those; measured on {prompts} beginnings "
+            f"of 32 tokens of paragraphs of {names['test']}, which had no part in anything before, "
+            f"{args.tokens} greedy tokens each.",
             "",
             f"    {command}",
             "",
