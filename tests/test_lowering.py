@@ -45,7 +45,8 @@ def random(*shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_streamed(rows, dtype):
     """Three products with one input, of which one has a bias, next to a product with a computed matrix and one
-    that is not listed, which have to stay. Catches wrong parts, rows in the wrong order, a lost bias."""
+    that is not listed, which have to stay. Catches wrong parts, rows in the wrong order, a lost bias, and an input that
+    is computed anew for each product."""
     x, q, k, v = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(1, rows, 48), (48, 48), (16, 48), (16, 48)]))
     bias, other = random(16, dtype=dtype), random(24, 48, dtype=dtype)
 
@@ -59,6 +60,7 @@ def test_streamed(rows, dtype):
         assert_close(got, want)
     assert spy.count[aten.mm.default] == 2 and not spy.count[aten.addmm.default]
     assert spy.count[aten.sum.dim_IntList] == rows * (3 + 1 + 1)  # parts of 16 rows: all in one loop
+    assert spy.count[torch.ops._inductor_test.realize.default] == 1
 
 
 @torch.no_grad()

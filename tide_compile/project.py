@@ -16,6 +16,7 @@ from tide_compile.networks import Projection
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _BATCH = 256  # tokens in a step of distillation
+_CHUNK = 128  # of them at a time: logits over a whole vocabulary take long to find memory for
 _RATE = 1e-4
 _CHECKS = 4  # times that distillation is judged on held-out tokens
 _JUDGED = 2048  # held-out tokens that judge it
@@ -107,13 +108,14 @@ def distil(
     best, kept = divergence(current, *judged, head, device), projection
     for step in range(1, steps + 1):
         chosen = torch.randint(len(train[0]), (_BATCH,), generator=generator)
-        states, targets = (t[chosen].to(device) for t in train)
-        with torch.enable_grad():
-            loss = kl(head(current(states)), head(targets).detach())
-            gradients = torch.autograd.grad(loss, list(tensors.values()))
-        for tensor, gradient in zip(tensors.values(), gradients, strict=True):  # and none for the model's weights
-            tensor.grad = gradient
+        for x, y in zip(*(t[chosen].to(device).split(_CHUNK) for t in train), strict=True):
+            with torch.enable_grad():
+                loss = kl(head(current(x)), head(y).detach()) * len(x) / _BATCH
+                gradients = torch.autograd.grad(loss, list(tensors.values()))
+            for tensor, gradient in zip(tensors.values(), gradients, strict=True):  # and none for the model's weights
+                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
         if step % -(-steps // _CHECKS) == 0 or step == steps:
             found = divergence(current, *judged, head, device)
@@ -129,7 +131,7 @@ def divergence(
 ) -> float:
     """Mean Kullback-Leibler divergence, in nats, of what follows the projected states from what follows the targets."""
     total = 0.0
-    for x, y in zip(states.split(_BATCH), targets.split(_BATCH), strict=True):
+    for x, y in zip(states.split(_CHUNK), targets.split(_CHUNK), strict=True):
         x, y = x.to(device), y.to(device)
         total += kl(head(projection(x)), head(y)).item() * len(x)
     return total / max(1, len(states))
