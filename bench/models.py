@@ -21,7 +21,7 @@ def load_model(name: str = SMOLLM2, dtype: torch.dtype = torch.float32) -> tuple
     return loading.load_model(name, dtype), loading.load_tokenizer(name)
 
 
-def described(name: str) -> str:
+def model_title(name: str) -> str:
     """For the line above a table."""
     return "SmolLM2-135M-Instruct (GGUF, Q4_1, dequantised)" if name == SMOLLM2 else name
 

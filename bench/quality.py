@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from bench.models import SMOLLM2, described, load_model
+from bench.models import SMOLLM2, load_model, model_title
 from bench.report import machine, show
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.calibrate import calibrate
@@ -166,7 +166,7 @@ def document(
         [
             "# What exits save, and what they cost",
             "",
-            f"{described(args.model)}, {bank.num_layers} layers, float32. {machine()}. Calibrated on {args.samples} "
+            f"{model_title(args.model)}, {bank.num_layers} layers, float32. {machine()}. Calibrated on {args.samples} "
             f"rows, half paragraphs of {names['data']} (WikiText-2), half the model's own continuations of them; "
             f"certified on paragraphs of {names['data']} that come after those; measured on {prompts} beginnings "
             f"of 32 tokens of paragraphs of {names['test']}, which had no part in anything before, "

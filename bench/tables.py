@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from bench import table_quality, table_speed
-from bench.models import SMOLLM2, described, load_model
+from bench.models import SMOLLM2, load_model, model_title
 from bench.page import Table, update_page
 from bench.report import machine
 from tide_compile import RouterBank, TIDEConfig, calibrate
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         banks.append(routers(model, tokenizer, args))
         return banks[0]
 
-    name = described(args.model) if args.model == SMOLLM2 else short(args.model)
+    name = model_title(args.model) if args.model == SMOLLM2 else short(args.model)
     kind = f"{name}, {model.config.get_text_config(decoder=True).num_hidden_layers} layers, {args.dtype}"
     shown = [a for i, a in enumerate(arguments) if "--json" not in arguments[max(0, i - 1) : i + 1]]
     command = " ".join(["python -m bench.tables", *map(short, shown)])
