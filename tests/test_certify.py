@@ -9,7 +9,7 @@ import tide_compile
 from tests.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.agreement import measure_agreement
-from tide_compile.certify import certify, certify_in_sequence, p_value, prompts_needed
+from tide_compile.certify import certify, certify_in_sequence, largest_loss, p_value, prompts_needed
 from tide_compile.corpus import Row
 from tide_compile.decoder import find_decoder
 from tide_compile.errors import ConfigError
@@ -18,27 +18,35 @@ from tide_compile.screen import leaving, prices_for, screen, thresholds_at
 PROMPTS = prompt(8, padding=0)[0].tolist()
 
 
-def test_p_values_are_valid():
-    """At the bound itself a true hypothesis is rejected no more often than promised. Catches one that is too bold."""
-    generator = torch.Generator().manual_seed(0)
-    for bound, prompts in ((0.1, 100), (0.02, 300)):
-        losses = (torch.rand(2000, prompts, generator=generator) < bound).float().mean(1)
-        wrong = sum(p_value(loss, prompts, bound) <= 0.05 for loss in losses.tolist())
-        assert wrong / 2000 <= 0.05
-    assert p_value(0.2, 100, 0.1) == 1 and p_value(0.0, 500, 0.02) < 1e-4
+@pytest.mark.parametrize(("bound", "prompts"), [(0.1, 100), (0.02, 300)])
+@pytest.mark.parametrize("alike", [False, True])
+def test_p_values_are_valid(bound, prompts, alike):
+    """At the bound itself a true hypothesis is rejected no more often than promised, whether prompts lose all or
+    nothing, or nearly the same. Catches one that is too bold."""
+    losses = torch.rand(2000, prompts, generator=torch.Generator().manual_seed(0))
+    losses = 2 * bound * losses if alike else (losses < bound).float()
+    wrong = sum(p_value(row, bound) <= 0.05 for row in losses.tolist())
+    assert wrong / 2000 <= 0.05
 
 
-@pytest.mark.parametrize(("bound", "confidence", "needed"), [(0.02, 0.95, 149), (0.05, 0.9, 45)])
+def test_p_values_reward_losses_that_are_alike():
+    assert p_value([0.2] * 100, 0.1) == 1 and p_value([0.0] * 500, 0.02) < 1e-4
+    most = largest_loss(500, 0.02, 0.95)
+    assert p_value([most] * 500, 0.02) == pytest.approx(0.05) and 0.01 < most < 0.015
+    assert p_value([*[0.0] * 494, *[1.0] * 6], 0.02) > 0.05  # the same mean
+
+
+@pytest.mark.parametrize(("bound", "confidence", "needed"), [(0.02, 0.95, 183), (0.05, 0.9, 59)])
 def test_how_many_prompts(bound, confidence, needed):
     assert prompts_needed(bound, confidence) == needed
-    assert p_value(0.0, needed, bound) <= 1 - confidence < p_value(0.0, needed - 1, bound)
+    assert p_value([0.0] * needed, bound) <= 1 - confidence < p_value([0.0] * (needed - 1), bound)
     with pytest.raises(ConfigError, match=f"{needed} are needed"):
-        certify_in_sequence([{1: 0.5}], lambda _: (0.0, 0.1), needed - 1, bound, confidence)
+        certify_in_sequence([{1: 0.5}], lambda _: ([0.0], 0.1), needed - 1, bound, confidence)
 
 
 def test_sequence_stops_at_the_first_that_fails():
     """Catches one that goes on and picks a later, luckier candidate."""
-    losses = iter([0.001, 0.06, 0.0])
+    losses = iter([[loss] * 500 for loss in (0.001, 0.06, 0.0)])
     trials = certify_in_sequence([{1: t} for t in (0.9, 0.8, 0.7)], lambda _: (next(losses), 0.1), 500, 0.05, 0.95)
     assert [t.certified for t in trials] == [True, False]
 

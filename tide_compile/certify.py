@@ -9,7 +9,6 @@ to come.
 
 from __future__ import annotations
 
-import bisect
 import datetime
 import hashlib
 import json
@@ -30,41 +29,47 @@ from tide_compile.screen import prices_for, thresholds_at
 log = logging.getLogger("tide_compile")
 
 PROMISE = "certificate"  # its name in a bank's metadata
-_PARTS = (0.5, 0.75, 1.0, 1.25)  # of what can be certified: the losses of candidates at first sight
+_PARTS = (0.6, 0.85, 1.0, 1.15)  # of what can be certified: the losses of candidates at first sight
 
 
-def p_value(loss: float, prompts: int, bound: float) -> float:
-    """Of the hypothesis that the expected loss is above ``bound``, by Hoeffding and Bentkus (Bates et al. 2021,
-    "Distribution-Free, Risk-Controlling Prediction Sets").
+def p_value(losses: Sequence[float], bound: float) -> float:
+    """Of the hypothesis that the expected loss is above ``bound``: twice the smaller of two p-values.
+
+    Hoeffding's and Bentkus's (Bates et al. 2021, "Distribution-Free, Risk-Controlling Prediction Sets") sees the mean
+    only. The other is what is left of a stake of one that was put on the hypothesis being false (Waudby-Smith and
+    Ramdas 2023, "Estimating means of bounded random variables by betting", with the largest bet that cannot lose more
+    than the stake); it rewards losses that are all alike, as shares of many tokens are.
 
     Args:
-        loss: mean over prompts of losses in 0..1. prompts: their number. bound: in 0..1.
+        losses: in 0..1, of independent prompts. bound: in 0..1.
     """
-    seen = min(loss, bound)
+    mean, count = sum(losses) / len(losses), len(losses)
+    seen = min(mean, bound)
     divergence = (1 - seen) * math.log((1 - seen) / (1 - bound))
     if seen > 0:
         divergence += seen * math.log(seen / bound)
-    hoeffding = math.exp(-prompts * divergence)
-    bentkus = math.e * binom.cdf(math.ceil(prompts * loss - 1e-9), prompts, bound)
-    return min(1.0, hoeffding, float(bentkus))
+    hoeffding = math.exp(-count * divergence)
+    bentkus = math.e * float(binom.cdf(math.ceil(count * mean - 1e-9), count, bound))
+    betting = 1.0
+    if max(losses) < 1:
+        betting = math.exp(min(0.0, sum(math.log((1 - bound) / (1 - loss)) for loss in losses)))
+    return min(1.0, 2 * min(hoeffding, bentkus, betting))
 
 
 def prompts_needed(bound: float, confidence: float) -> int:
     """The least number of prompts with which a bound can be certified: if no token disagrees."""
-    return math.ceil(math.log(1 - confidence) / math.log(1 - bound) - 1e-9)
+    return math.ceil(math.log((1 - confidence) / 2) / math.log(1 - bound) - 1e-9)
 
 
 def largest_loss(prompts: int, bound: float, confidence: float) -> float:
-    """The largest mean loss that certifies a bound on so many prompts, to one part in ten thousand of the bound."""
-    steps = bisect.bisect_right(
-        range(10_000), 1 - confidence, key=lambda i: p_value(bound * i / 10_000, prompts, bound)
-    )
-    return bound * max(0, steps - 1) / 10_000
+    """The largest loss that certifies a bound on so many prompts, if it is the same on each."""
+    return max(0.0, 1 - (1 - bound) * (2 / (1 - confidence)) ** (1 / prompts))
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A candidate that was tested: ``loss`` and ``layers_saved`` as measured, the p-value, whether it is certified."""
+    """A candidate that was tested: the mean ``loss`` and ``layers_saved`` as measured, the p-value, whether it is
+    certified."""
 
     thresholds: dict[int, float]
     loss: float
@@ -75,7 +80,7 @@ class Trial:
 
 def certify_in_sequence(
     candidates: Sequence[dict[int, float]],
-    measure: Callable[[dict[int, float]], tuple[float, float]],
+    measure: Callable[[dict[int, float]], tuple[Sequence[float], float]],
     prompts: int,
     bound: float,
     confidence: float,
@@ -83,8 +88,8 @@ def certify_in_sequence(
     """Test candidates, the most careful first, up to the first that cannot be certified.
 
     Args:
-        candidates: layer -> threshold. measure: (loss, layers saved) of a candidate, on ``prompts`` prompts that had no
-            part in choosing the candidates.
+        candidates: layer -> threshold. measure: (loss of each prompt, layers saved) of a candidate, on ``prompts``
+            prompts that had no part in choosing the candidates.
         bound: on the expected loss, 0..1. confidence: that the certified candidates keep it.
 
     Returns:
@@ -96,9 +101,9 @@ def certify_in_sequence(
     check_promise(bound, confidence, prompts)
     trials = []
     for thresholds in candidates:
-        loss, saved = measure(thresholds)
-        value = p_value(loss, prompts, bound)
-        trials.append(Trial(thresholds, loss, saved, value, value <= 1 - confidence))
+        losses, saved = measure(thresholds)
+        value = p_value(losses, bound)
+        trials.append(Trial(thresholds, sum(losses) / prompts, saved, value, value <= 1 - confidence))
         if not trials[-1].certified:
             break
     return trials
@@ -155,13 +160,13 @@ def certify(
     prices = prices_for(bank.metadata["screen"], [part * most for part in _PARTS])
     candidates = [thresholds_at(price, bank.layers, bank.num_layers) for price in prices]
 
-    def measure(thresholds: dict[int, float]) -> tuple[float, float]:
+    def measure(thresholds: dict[int, float]) -> tuple[list[float], float]:
         trial = replace(bank, thresholds=thresholds)
         outcome = measure_agreement(
             model, trial, config, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
         )
         log.info("%s: disagreement %.4f, layers saved %.3f", thresholds, outcome.disagreement, outcome.layers_saved)
-        return outcome.disagreement, outcome.layers_saved
+        return [g.disagreement for g in outcome.generations], outcome.layers_saved
 
     trials = certify_in_sequence(candidates, measure, len(prompts), max_disagreement, confidence)
     chosen = next((trial for trial in reversed(trials) if trial.certified), None)
