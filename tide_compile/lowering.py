@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
-from tide_compile.compiled import Lazy, Runnable, compile_piece
+from tide_compile.compiled import Lazy, Runnable, compile_piece, compiling_together
 from tide_compile.inductor_code import note_code_files
-from tide_compile.passes.fx_tools import structure_key
+from tide_compile.passes.fx_tools import structure_key, value_of
 from tide_compile.passes.lower_attention import LowerAttention
 from tide_compile.passes.lower_linears import Form, Linears, LowerLinears, find_linears
 from tide_compile.passes.plan import Piece, Program
@@ -49,15 +50,16 @@ def lower(
     runnables = {}
     started = time.perf_counter()
     keys = {name: structure_key(piece.graph) for name, piece in program.pieces.items()}  # compiling changes graphs
-    for name, piece in program.pieces.items():
-        key = keys[name]
-        if key not in compiled:
-            patch = (plain if name.endswith(".compact") else patches) | _linears(piece, forms)
-            with note_code_files() as files:
-                compiled[key] = Lazy(piece, patch) if _is_later(name) else compile_piece(piece, patch)
-            if compiled_to is not None:
-                compiled[key] = _telling(name, compiled[key], files, compiled_to)
-        runnables[name] = compiled[key]
+    with nullcontext() if _uses_gpu(program) else compiling_together():
+        for name, piece in program.pieces.items():
+            key = keys[name]
+            if key not in compiled:
+                patch = (plain if name.endswith(".compact") else patches) | _linears(piece, forms)
+                with note_code_files() as files:
+                    compiled[key] = Lazy(piece, patch) if _is_later(name) else compile_piece(piece, patch)
+                if compiled_to is not None:
+                    compiled[key] = _telling(name, compiled[key], files, compiled_to)
+            runnables[name] = compiled[key]
     log.info(
         "compiled %d distinct of %d pieces in %.1f s",
         len(compiled),
@@ -85,6 +87,12 @@ def _telling(name: str, run: Runnable, files: list[str], compiled_to: Callable[[
         return result
 
     return first
+
+
+def _uses_gpu(program: Program) -> bool:
+    """Triton's kernels have to be there when a graph is put into Inductor's cache, or they are not in it."""
+    values = [value_of(n) for p in program.pieces.values() for n in p.graph.graph.find_nodes(op="placeholder")]
+    return any(isinstance(v, torch.Tensor) and v.device.type != "cpu" for v in values)
 
 
 def _is_later(name: str) -> bool:

@@ -83,8 +83,9 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
 
     with tracing(None):  # else the sizes become symbols of the model that is being compiled
         graph = make_fx(product, tracing_mode="symbolic")(*example)
-    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
-    return compile_graph(graph, inputs)
+    for node in graph.graph.nodes:
+        node.type = None  # an annotation as text, which AOTAutograd's cache takes for a class
+    return compile_graph(graph, [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")])
 
 
 def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linears: Linears) -> dict[Form, float]:
