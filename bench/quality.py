@@ -32,7 +32,7 @@ from tide_compile.tune import Point, measure_point, perplexity
 
 LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08)  # of disagreement at first sight, of the frontier
 THRESHOLDS = (0.5, 0.85)  # of the reference's recipe
-COSINES = (0.98, 0.7)  # that make its label; the second is not its own, but lets tokens leave where none comes so close
+COSINES = (0.7, 0.98)  # that make its label; the first is not its own, but lets tokens leave where none comes so close
 HEADERS = ["", "exits by layer, % of tokens", "layers saved", "agreement", "perplexity"]
 TEXT_TOKENS = 256
 
@@ -116,33 +116,34 @@ def main() -> None:
                              max_new_tokens=args.tokens)  # fmt: skip
 
     rows, certificates = [], []
+
+    def add(name: str, point: Point) -> None:
+        """A row, printed and written at once: the whole takes long."""
+        rows.append(row(name, point))
+        print(rows[-1], flush=True)
+        if args.markdown:
+            write_text(args.markdown, document(args, bank, rows, certificates, base, len(prompts), len(texts)))
+
     for bound, one in promised.items():
         found = one.metadata["certificate"]
         point = measured(one, one.thresholds, config)
-        rows.append(row(f"certified: at most {bound:.0%} disagree", point))
         kept = point.disagreement <= bound
         certificates.append(
             [f"{bound:.0%}", found["prompts"], f"{found['measured'] or 0:.2%}", f"{found['layers saved']:.1%}",
              f"{point.disagreement:.2%}", f"{point.layers_saved:.1%}", "yes" if kept else "no"]
         )  # fmt: skip
-        print(rows[-1], flush=True)
+        add(f"certified: at most {bound:.0%} disagree", point)
     for price in prices_for(bank.metadata["screen"], LEVELS):
-        rows.append(
-            row(f"price {price:.3g}", measured(bank, thresholds_at(price, bank.layers, bank.num_layers), config))
-        )
-        print(rows[-1], flush=True)
-    for layers, cosine in ((8, COSINES[0]), *((args.min_layers, cosine) for cosine in COSINES)):
+        add(f"price {price:.3g}", measured(bank, thresholds_at(price, bank.layers, bank.num_layers), config))
+    for layers, cosine in (*((args.min_layers, cosine) for cosine in COSINES), (8, COSINES[-1])):
         recipe = reference_recipe(config, layers, cosine)
         path = args.routers / f"reference-{layers}-{cosine}.safetensors"
         other, name = routers(path, model, tokenizer, recipe, args), f"min_layers {layers}, cosine {cosine}"
         for threshold in THRESHOLDS:
             point = measured(other, dict.fromkeys(other.layers, threshold), recipe)
-            rows.append(row(f"reference's recipe, {name}, threshold {threshold}", point))
-            print(rows[-1], flush=True)
+            add(f"reference's recipe, {name}, threshold {threshold}", point)
     title = f"quality, {args.model}, float32, {len(prompts)} prompts x {args.tokens} greedy tokens"
     show(title, HEADERS, rows, args.json, certificates=certificates, perplexity=base)
-    if args.markdown:
-        write_text(args.markdown, document(args, bank, rows, certificates, base, len(prompts), len(texts)))
 
 
 def document(
