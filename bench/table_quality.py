@@ -110,7 +110,8 @@ def exits(
     return Table(
         "Prefill exit rates",
         "The model reads given text. A token agrees if its next token is the one that the model without exits chooses "
-        "behind the same text; keys and values of tokens that have left are those of their frozen states.",
+        "behind the same text; skipped layers get keys and values of the frozen state, led on by shortcuts if the "
+        "routers have some.",
         f"{_size(rows)}.",
         ["threshold", "leave early", "layers saved", "after layer", "agree, of those that leave", "agree, of all"],
         cells,
