@@ -24,9 +24,11 @@ from tide_compile import RouterBank, TIDEConfig
 from tide_compile.calibrate import calibrate
 from tide_compile.certify import certify
 from tide_compile.commands.calibrate import reliability_rows
-from tide_compile.corpus import Corpus
+from tide_compile.corpus import Corpus, Row
+from tide_compile.decoder import find_decoder
 from tide_compile.files import write_text
-from tide_compile.screen import prices_for, thresholds_at
+from tide_compile.screen import prices_for, screen, thresholds_at
+from tide_compile.selftext import go_on
 from tide_compile.texts import calibration_texts
 from tide_compile.tune import Point, measure_point, perplexity
 
@@ -35,6 +37,7 @@ THRESHOLDS = (0.5, 0.85)  # of the reference's recipe
 COSINES = (0.7, 0.98)  # that make its label; the first is not its own, but lets tokens leave where none comes so close
 HEADERS = ["", "exits by layer, % of tokens", "layers saved", "agreement", "perplexity"]
 TEXT_TOKENS = 256
+SCREENED = 64  # prompts
 
 
 def reference_recipe(config: TIDEConfig, min_layers: int, cosine: float) -> TIDEConfig:
@@ -61,6 +64,18 @@ def routers(
                      num_samples=args.samples if own else args.samples // 2)  # fmt: skip
 
 
+def screened(
+    bank: RouterBank, layers: list[int], model: nn.Module, prompts: list[list[int]], tokens: int
+) -> RouterBank:
+    """The bank with the checkpoints after ``layers`` only, and what their exits do to what the model writes after
+    ``prompts``."""
+    kept = bank.keep(layers)
+    written = go_on(model, prompts, tokens, sample=False)
+    rows = [Row(ids, len(prompt), True) for ids, prompt in zip(written, prompts, strict=True)]
+    kept.metadata["screen"] = screen(find_decoder(model), kept, TIDEConfig(), rows)
+    return kept
+
+
 def row(name: str, point: Point) -> list[str]:
     exits = ", ".join(f"{layer}: {share:.1%}" for layer, share in point.exits.items())
     change = f"{point.perplexity - 1:+.1%}"
@@ -81,6 +96,7 @@ def main() -> None:
     parser.add_argument("--distillation-steps", type=int, default=400)
     parser.add_argument("--min-layers", type=int, default=20)
     parser.add_argument("--checkpoint-interval", type=int, default=4)
+    parser.add_argument("--checkpoints", type=int, nargs="*", help="of the routers; default: all")
     parser.add_argument("--promise", type=float, nargs="*", default=[0.02, 0.05])
     parser.add_argument("--certify-prompts", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=128, help="to measure on")
@@ -96,6 +112,12 @@ def main() -> None:
     bank = routers(args.routers / "router.safetensors", model, tokenizer, config, args)
     corpus = Corpus(f"{args.data}+self", model, tokenizer)
     seen = bank.metadata["config"]["calibration_samples"]
+    if args.checkpoints:
+        path = args.routers / f"router-{'-'.join(map(str, args.checkpoints))}.safetensors"
+        if not path.is_file():
+            prompts = corpus.prompts(SCREENED, seen + 2 * args.certify_prompts)
+            screened(bank, args.checkpoints, model, prompts, args.tokens).save(path)
+        bank = RouterBank.load(path)
     promised = {}
     for bound in args.promise:
         path = args.routers / f"promise-{bound}.safetensors"
@@ -157,6 +179,7 @@ def document(
             f"--samples {args.samples} --certify-prompts {args.certify_prompts} --prompts {args.prompts}",
             f"--tokens {args.tokens} --texts {args.texts} --distillation-steps {args.distillation_steps}",
             f"--min-layers {args.min_layers} --checkpoint-interval {args.checkpoint_interval}",
+            *([f"--checkpoints {' '.join(map(str, args.checkpoints))}"] if args.checkpoints else []),
         ]
     )
     promise_headers = ["promise", "prompts", "disagreement there", "layers saved there", f"on {names['test']}",

@@ -29,7 +29,7 @@ from tide_compile.screen import prices_for, thresholds_at
 log = logging.getLogger("tide_compile")
 
 PROMISE = "certificate"  # its name in a bank's metadata
-_PARTS = (0.6, 0.85, 1.0, 1.15)  # of what can be certified: the losses of candidates at first sight
+_PARTS = (0.7, 1.0, 1.2)  # of what can be certified: the losses of candidates at first sight
 
 
 def p_value(losses: Sequence[float], bound: float) -> float:

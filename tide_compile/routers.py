@@ -69,6 +69,25 @@ class RouterBank:
         """Layers with a router, ascending."""
         return sorted(self.routers)
 
+    def keep(self, layers: Iterable[int]) -> RouterBank:
+        """The bank with the checkpoints after these layers only; what its metadata says of scores and promises of all
+        of them together is left out."""
+        layers = set(layers)
+        if missing := sorted(layers - set(self.routers)):
+            raise ConfigError(f"there are no routers after layers {missing}: give some of {self.layers}.")
+
+        def of(parts: Mapping[int, object]) -> dict[int, object]:
+            return {n: part for n, part in parts.items() if n in layers}
+
+        shortcuts = {n: shortcut for n, shortcut in self.shortcuts.items() if n > min(layers)}
+        metadata = {n: value for n, value in self.metadata.items() if n not in ("screen", "certificate")}
+        if "table" in metadata:
+            metadata["table"] = [row for row in metadata["table"] if row["layer"] in layers]
+        return replace(
+            self, routers=of(self.routers), projections=of(self.projections), thresholds=of(self.thresholds),
+            shortcuts=shortcuts, metadata=metadata,
+        )  # fmt: skip
+
     @property
     def exit_strategy(self) -> str:
         """Of the projections: ``"identity"`` (there are none), ``"affine"`` or ``"low_rank"``."""
