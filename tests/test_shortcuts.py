@@ -5,9 +5,10 @@ import torch
 
 from tests.models import HIDDEN, LAYERS, shortcuts, tiny
 from tests.test_calibrate import CONFIG, run, texts
-from tide_compile import RouterBank, TIDEConfig, refine
+from tide_compile import RouterBank, TIDEConfig, eager_reference, refine
 from tide_compile.corpus import Row
 from tide_compile.decoder import find_decoder
+from tide_compile.errors import ConfigError
 from tide_compile.project import fit_shortcut
 
 
@@ -78,3 +79,25 @@ def test_calibration_makes_them(changes, layers):
         settings.kv_cache_strategy == ("shortcut" if layers else "propagate") and sorted(settings.shortcuts) == layers
     )
     assert all(s.down.shape[1] == HIDDEN for s in bank.shortcuts.values()) and LAYERS == 4
+
+
+def test_keeping_some_checkpoints():
+    """Is the same as not using the others. Catches a shortcut that is dropped, and a promise that was about others."""
+    model = tiny("rmsnorm-rope-gqa")
+    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    bank.shortcuts, bank.metadata = (
+        shortcuts(),
+        {"certificate": {}, "screen": [], "table": [{"layer": 0}, {"layer": 1}]},
+    )
+    kept = bank.keep([1])
+    assert kept.layers == [1] and kept.metadata == {"table": [{"layer": 1}]} and bank.layers == [*range(LAYERS - 1)]
+    ids = torch.arange(3, 15)[None]
+    found = []
+    for one, thresholds in ((kept, {1: 0.5}), (bank, {n: 0.5 if n == 1 else 1.0 for n in bank.layers})):
+        one.thresholds = thresholds
+        with torch.no_grad(), eager_reference(model, one, TIDEConfig(exit_threshold=None)) as reference:
+            found.append((model(ids, use_cache=False).logits, reference.exit_layers[0]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert (found[0][1] == 1).any()
+    with pytest.raises(ConfigError, match="no routers after layers"):
+        bank.keep([1, 99])

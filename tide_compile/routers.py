@@ -71,7 +71,11 @@ class RouterBank:
 
     def keep(self, layers: Iterable[int]) -> RouterBank:
         """The bank with the checkpoints after these layers only; what its metadata says of scores and promises of all
-        of them together is left out."""
+        of them together is left out.
+
+        Raises:
+            ConfigError: there is no router after one of these layers.
+        """
         layers = set(layers)
         if missing := sorted(layers - set(self.routers)):
             raise ConfigError(f"there are no routers after layers {missing}: give some of {self.layers}.")
@@ -79,7 +83,7 @@ class RouterBank:
         def of(parts: Mapping[int, object]) -> dict[int, object]:
             return {n: part for n, part in parts.items() if n in layers}
 
-        shortcuts = {n: shortcut for n, shortcut in self.shortcuts.items() if n > min(layers)}
+        shortcuts = {n: shortcut for n, shortcut in self.shortcuts.items() if n > min(layers, default=self.num_layers)}
         metadata = {n: value for n, value in self.metadata.items() if n not in ("screen", "certificate")}
         if "table" in metadata:
             metadata["table"] = [row for row in metadata["table"] if row["layer"] in layers]
