@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 
-from tide_compile.certify import certify, check_promise
+from tide_compile.certify import certify, check_promise, testing
 from tide_compile.config import TIDEConfig
 from tide_compile.corpus import Corpus
 from tide_compile.decoder import find_decoder
@@ -89,7 +89,7 @@ def calibrate(
     }
     config = replace(config, **{n: v for n, v in changes.items() if v is not None})
     if max_disagreement is not None:
-        check_promise(max_disagreement, confidence, num_prompts)
+        check_promise(max_disagreement, confidence, testing(num_prompts))
     source = config.calibration_dataset if dataset is None else dataset
     if not isinstance(source, str | Path | list | tuple):
         source = list(itertools.islice(source, config.calibration_samples + num_prompts))  # it is read more than once

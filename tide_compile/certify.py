@@ -29,7 +29,9 @@ from tide_compile.screen import prices_for, thresholds_at
 log = logging.getLogger("tide_compile")
 
 PROMISE = "certificate"  # its name in a bank's metadata
-_PARTS = (0.7, 1.0, 1.2)  # of what can be certified: the losses of candidates at first sight
+_PARTS = (0.6, 0.85, 1.0, 1.2)  # of what can be certified: the losses that candidates are expected to have
+_PILOT = 8  # every eighth prompt tells how far expectations are off, and tests nothing
+_OFF = (0.5, 4.0)  # that they are taken to be off, at most
 
 
 def p_value(losses: Sequence[float], bound: float) -> float:
@@ -109,6 +111,11 @@ def certify_in_sequence(
     return trials
 
 
+def testing(prompts: int) -> int:
+    """How many of so many prompts ``certify`` tests with; the others are its pilot."""
+    return prompts - len(range(0, prompts, _PILOT))
+
+
 def check_promise(bound: float, confidence: float, prompts: int) -> None:
     """Raises ConfigError; see ``certify_in_sequence``."""
     for name, value in (("max_disagreement", bound), ("confidence", confidence)):
@@ -118,8 +125,8 @@ def check_promise(bound: float, confidence: float, prompts: int) -> None:
     if prompts < needed:
         raise ConfigError(
             f"{prompts} prompts cannot certify a disagreement of at most {bound:.2%} with confidence {confidence:.0%}: "
-            f"{needed} are needed if not one token disagrees, and more if some do. Give more calibration texts or "
-            "another bound."
+            f"{needed} are needed if not one token disagrees, and more if some do (every eighth that is given is a "
+            "pilot and does not count). Give more calibration texts or another bound."
         )
 
 
@@ -138,9 +145,10 @@ def certify(
     """Choose a bank's thresholds with a promise: on prompts like these, the expected share of generated tokens on
     which the output differs from the full model's choice after the same prefix is at most ``max_disagreement``.
 
-    Candidates come from the calibration's ``screen``; each is measured on generations of its own (greedy, by the eager
-    reference). Sets ``bank.thresholds`` and ``bank.metadata[PROMISE]``; where nothing can be certified, all
-    thresholds are 1: TIDE is off.
+    Candidates come from the calibration's ``screen``, which reads texts and so sees less disagreement than there is in
+    what TIDE writes: how much less, generations after every eighth prompt tell. The others test; each candidate is
+    measured on generations of its own (greedy, by the eager reference). Sets ``bank.thresholds`` and
+    ``bank.metadata[PROMISE]``; where nothing can be certified, all thresholds are 1: TIDE is off.
 
     Args:
         model: uncompiled. prompts: token ids, not used in calibration. confidence: that the promise holds.
@@ -152,15 +160,14 @@ def certify(
     Raises:
         ConfigError: too few prompts, or no ``screen`` in the bank.
     """
-    check_promise(max_disagreement, confidence, len(prompts))
+    pilot, tested = prompts[::_PILOT], [p for i, p in enumerate(prompts) if i % _PILOT]
+    check_promise(max_disagreement, confidence, len(tested))
     if not bank.metadata.get("screen"):
         raise ConfigError("these routers have no record of their scores: calibrate again to certify them.")
     config = replace(config or TIDEConfig(), exit_threshold=None)
-    most = largest_loss(len(prompts), max_disagreement, confidence)
-    prices = prices_for(bank.metadata["screen"], [part * most for part in _PARTS])
-    candidates = [thresholds_at(price, bank.layers, bank.num_layers) for price in prices]
+    most = largest_loss(len(tested), max_disagreement, confidence)
 
-    def measure(thresholds: dict[int, float]) -> tuple[list[float], float]:
+    def measure(thresholds: dict[int, float], prompts: Sequence[Sequence[int]]) -> tuple[list[float], float]:
         trial = replace(bank, thresholds=thresholds)
         outcome = measure_agreement(
             model, trial, config, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
@@ -168,7 +175,19 @@ def certify(
         log.info("%s: disagreement %.4f, layers saved %.3f", thresholds, outcome.disagreement, outcome.layers_saved)
         return [g.disagreement for g in outcome.generations], outcome.layers_saved
 
-    trials = certify_in_sequence(candidates, measure, len(prompts), max_disagreement, confidence)
+    def candidates(losses: Sequence[float]) -> list[dict[int, float]]:
+        prices = prices_for(bank.metadata["screen"], losses)
+        return [thresholds_at(price, bank.layers, bank.num_layers) for price in prices]
+
+    seen, _ = measure(candidates([most])[0], pilot)
+    off = min(max(sum(seen) / len(seen) / most, _OFF[0]), _OFF[1]) if most else 1.0
+    trials = certify_in_sequence(
+        candidates([part * most / off for part in _PARTS]),
+        lambda thresholds: measure(thresholds, tested),
+        len(tested),
+        max_disagreement,
+        confidence,
+    )
     chosen = next((trial for trial in reversed(trials) if trial.certified), None)
     if chosen is None:
         log.warning("no thresholds keep a disagreement of %s, so TIDE is off for these routers", max_disagreement)
@@ -177,7 +196,7 @@ def certify(
     bank.metadata[PROMISE] = {
         "bound": max_disagreement,
         "confidence": confidence,
-        "prompts": len(prompts),
+        "prompts": len(tested),
         "new tokens": max_new_tokens,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": digest[:16],
