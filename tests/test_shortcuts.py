@@ -85,12 +85,11 @@ def test_keeping_some_checkpoints():
     """Is the same as not using the others. Catches a shortcut that is dropped, and a promise that was about others."""
     model = tiny("rmsnorm-rope-gqa")
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
-    bank.shortcuts, bank.metadata = (
-        shortcuts(),
-        {"certificate": {}, "screen": [], "table": [{"layer": 0}, {"layer": 1}]},
-    )
+    curves = {"table": [{"layer": 0}, {"layer": 1}], "reliability": {"0": [], "1": [{}]}}
+    bank.shortcuts, bank.metadata = shortcuts(), {"certificate": {}, "screen": [], **curves}
     kept = bank.keep([1])
-    assert kept.layers == [1] and kept.metadata == {"table": [{"layer": 1}]} and bank.layers == [*range(LAYERS - 1)]
+    assert kept.layers == [1] and kept.metadata == {"table": [{"layer": 1}], "reliability": {"1": [{}]}}
+    assert bank.layers == [*range(LAYERS - 1)]
     ids = torch.arange(3, 15)[None]
     found = []
     for one, thresholds in ((kept, {1: 0.5}), (bank, {n: 0.5 if n == 1 else 1.0 for n in bank.layers})):

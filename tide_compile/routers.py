@@ -87,6 +87,8 @@ class RouterBank:
         metadata = {n: value for n, value in self.metadata.items() if n not in ("screen", "certificate")}
         if "table" in metadata:
             metadata["table"] = [row for row in metadata["table"] if row["layer"] in layers]
+        if "reliability" in metadata:
+            metadata["reliability"] = {n: r for n, r in metadata["reliability"].items() if int(n) in layers}
         return replace(
             self, routers=of(self.routers), projections=of(self.projections), thresholds=of(self.thresholds),
             shortcuts=shortcuts, metadata=metadata,
