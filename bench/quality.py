@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--distillation-steps", type=int, default=400)
     parser.add_argument("--min-layers", type=int, default=20)
     parser.add_argument("--checkpoint-interval", type=int, default=4)
-    parser.add_argument("--checkpoints", type=int, nargs="*", help="of the routers; default: all")
+    parser.add_argument("--checkpoints", type=int, nargs="*", default=[], help="of the routers; default: all")
     parser.add_argument("--promise", type=float, nargs="*", default=[0.02, 0.05])
     parser.add_argument("--certify-prompts", type=int, default=1000)
     parser.add_argument("--prompts", type=int, default=128, help="to measure on")
@@ -112,15 +112,16 @@ def main() -> None:
     bank = routers(args.routers / "router.safetensors", model, tokenizer, config, args)
     corpus = Corpus(f"{args.data}+self", model, tokenizer)
     seen = bank.metadata["config"]["calibration_samples"]
+    of = "".join(f"-{layer}" for layer in args.checkpoints)
     if args.checkpoints:
-        path = args.routers / f"router-{'-'.join(map(str, args.checkpoints))}.safetensors"
+        path = args.routers / f"router{of}-before-{args.certify_prompts}.safetensors"
         if not path.is_file():
-            prompts = corpus.prompts(SCREENED, seen + 2 * args.certify_prompts)
+            prompts = corpus.prompts(SCREENED, seen + 2 * args.certify_prompts)  # half of the rows seen are texts
             screened(bank, args.checkpoints, model, prompts, args.tokens).save(path)
         bank = RouterBank.load(path)
     promised = {}
     for bound in args.promise:
-        path = args.routers / f"promise-{bound}.safetensors"
+        path = args.routers / f"promise-{bound}{of}.safetensors"
         if not path.is_file():
             one = replace(bank, metadata=dict(bank.metadata))
             prompts = corpus.prompts(args.certify_prompts, seen)
@@ -182,6 +183,9 @@ def document(
             *([f"--checkpoints {' '.join(map(str, args.checkpoints))}"] if args.checkpoints else []),
         ]
     )
+    chosen_on = (
+        "what the model writes after paragraphs behind those" if args.checkpoints else "held-out calibration tokens"
+    )
     promise_headers = ["promise", "prompts", "disagreement there", "layers saved there", f"on {names['test']}",
                        "layers saved", "kept"]  # fmt: skip
     curve_headers, curves = reliability_rows(bank)
@@ -202,7 +206,7 @@ def document(
             "Layers saved is the share of layer passes of generated tokens. Perplexity is on the first "
             f"{TEXT_TOKENS} tokens of {texts} of these paragraphs, where prompt tokens leave early, too; the full "
             f"model's is {base:.2f}. A price sets the thresholds of all checkpoints (`tide_compile/screen.py`); prices "
-            "were chosen on held-out calibration tokens.",
+            f"were chosen on {chosen_on}.",
             "",
             quality_table(rows),
             "",

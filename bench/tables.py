@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         banks.append(routers(model, tokenizer, args))
         return banks[0]
 
-    name = model_title(args.model) if args.model == SMOLLM2 else short(args.model)
+    name = model_title(short(args.model))
     kind = f"{name}, {model.config.get_text_config(decoder=True).num_hidden_layers} layers, {args.dtype}"
     shown = [a for i, a in enumerate(arguments) if "--json" not in arguments[max(0, i - 1) : i + 1]]
     command = " ".join(["python -m bench.tables", *map(short, shown)])

@@ -1,6 +1,7 @@
 """A promise about thresholds, and the measurements that it rests on."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ PROMPTS = prompt(8, padding=0)[0].tolist()
 
 
 @pytest.mark.parametrize(("bound", "prompts"), [(0.1, 100), (0.02, 300)])
-@pytest.mark.parametrize("alike", [False, True])
-def test_p_values_are_valid(bound, prompts, alike):
+@pytest.mark.parametrize("most", [1.0, 0.5, 0.2])
+def test_p_values_are_valid(bound, prompts, most):
     """At the bound itself a true hypothesis is rejected no more often than promised, whether prompts lose all or
-    nothing, or nearly the same. Catches one that is too bold."""
+    nothing, or less. Catches one that is too bold."""
     losses = torch.rand(2000, prompts, generator=torch.Generator().manual_seed(0))
-    losses = 2 * bound * losses if alike else (losses < bound).float()
+    losses = most * (losses < bound / most).float()
     wrong = sum(p_value(row, bound) <= 0.05 for row in losses.tolist())
     assert wrong / 2000 <= 0.05
 
@@ -100,6 +101,28 @@ def test_agreement_is_counted_as_the_engine_writes(model, bank):
         wanted = model(text).logits[0, len(one[0]) - 1 : -1].argmax(-1)
     assert generation.agrees.tolist() == (wanted == generation.tokens).tolist()
     assert 0 < outcome.layers_saved < 1
+
+
+def test_a_pilot_tells_how_far_the_screen_is_off(model, bank, monkeypatch):
+    """Three times as much disagreement as the screen has seen. Catches candidates that are not made more careful, and
+    prompts that choose and test."""
+    bank.metadata["screen"] = [{"price": p, "disagreement": p / 10, "layers saved": p} for p in (0.0, 1.0)]
+    layer, seen = bank.layers[0], []
+
+    def measured(model, trial, config, prompts, **_):
+        price = (1 - trial.thresholds[layer]) * LAYERS / (LAYERS - 1 - layer)
+        lost = SimpleNamespace(disagreement=3 * price / 10)
+        seen.append([*prompts])
+        return SimpleNamespace(generations=[lost] * len(prompts), disagreement=lost.disagreement, layers_saved=price)
+
+    monkeypatch.setattr("tide_compile.certify.measure_agreement", measured)
+    found = certify(model, bank, [[i] for i in range(800)], 0.05, progress=False)
+    pilot, *tested = seen
+    assert pilot == [[i] for i in range(0, 800, 8)] and all(t == [[i] for i in range(800) if i % 8] for t in tested)
+    most = largest_loss(700, 0.05, 0.95)
+    losses = [trial["disagreement"] for trial in found["trials"]]
+    assert losses[:3] == pytest.approx([0.6 * most, 0.85 * most, most], abs=1e-5)
+    assert found["measured"] >= losses[1] and found["trials"][-1]["p"] > 0.05  # the third may fail by rounding
 
 
 def test_certificates(model, bank, tmp_path):

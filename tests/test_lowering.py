@@ -2,19 +2,23 @@
 
 import json
 import logging
+import threading
 from collections import Counter
+from concurrent.futures import Future
 
 import pytest
 import torch
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
 from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size
 from torch import nn
+from torch._inductor.async_compile import AsyncCompile
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from tests.checks import assert_close
 from tests.models import GENERATE, prompt
 from tests.test_passes import capture
 from tide_compile import TIDE, RouterBank, TIDEConfig, record_times, tuning
+from tide_compile.inductor_code import compiling_together
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -198,3 +202,21 @@ def test_warmup_compiles_everything(model, caplog):
     ran = times.seconds
     assert "segment_1.compact" in ran and len(ran["executor"]) == len(ran["epilogue"]) == GENERATE["max_new_tokens"]
     assert all(s > 0 for seconds in ran.values() for s in seconds)
+
+
+@torch._inductor.config.patch(compile_threads=2)
+def test_compilers_are_waited_for_together():
+    """At the end of the block, and only by the thread that is in it. Catches kernels that are never put in place, and
+    those of another thread that are not there when it runs them."""
+    made, scopes = Future(), [{}, {}, {}]
+    made.set_result("kernel")
+    for scope in scopes:
+        scope["run"] = made
+    with compiling_together():
+        AsyncCompile().wait(scopes[0])
+        other = threading.Thread(target=AsyncCompile().wait, args=(scopes[1],))
+        other.start()
+        other.join()
+        assert scopes[0]["run"] is made and scopes[1]["run"] == "kernel"
+    AsyncCompile().wait(scopes[2])
+    assert [scope["run"] for scope in scopes] == ["kernel"] * 3

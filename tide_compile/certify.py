@@ -124,7 +124,8 @@ def check_promise(bound: float, confidence: float, prompts: int) -> None:
     needed = prompts_needed(bound, confidence)
     if prompts < needed:
         raise ConfigError(
-            f"{prompts} prompts cannot certify a disagreement of at most {bound:.2%} with confidence {confidence:.0%}: "
+            f"{prompts} prompts to test with cannot certify a disagreement of at most {bound:.2%} with confidence "
+            f"{confidence:.0%}: "
             f"{needed} are needed if not one token disagrees, and more if some do (every eighth that is given is a "
             "pilot and does not count). Give more calibration texts or another bound."
         )

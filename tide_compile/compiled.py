@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from unittest import mock
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.utils.cpp_extension  # imports setuptools, which fails once a package has imported the stdlib's distutils
 from torch._guards import TracingContext, tracing
-from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
@@ -45,19 +42,6 @@ def compile_graph(gm: GraphModule, inputs: Sequence[object], patches: dict[str, 
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
     with tracing(TracingContext(mode)):  # Dynamo has put a fresh fake mode in its own; the graph's values have theirs
         return compile_fx(gm, list(inputs), config_patches=_PATCHES | (patches or {}))
-
-
-@contextmanager
-def compiling_together() -> Iterator[None]:
-    """Inside the block, C++ compilers are started and not waited for, so that the code of the next piece is generated
-    meanwhile; none of the pieces can run before the end of the block.
-    """
-    started: list[tuple[AsyncCompile, dict[str, object]]] = []
-    wait = AsyncCompile.wait
-    with mock.patch.object(AsyncCompile, "wait", lambda compiler, scope: started.append((compiler, scope))):
-        yield
-    for compiler, scope in started:
-        wait(compiler, scope)
 
 
 def _hand_on_static_addresses(gm: GraphModule) -> None:

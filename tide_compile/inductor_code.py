@@ -1,23 +1,25 @@
-"""inductor_code: which files hold the code that Inductor runs for a piece."""
+"""inductor_code: which files hold the code that Inductor runs for a piece, and when it waits for its compilers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 _files: ContextVar[list[str] | None] = ContextVar("tide_inductor_files", default=None)
+_started: ContextVar[list[tuple[AsyncCompile, dict[str, object]]] | None] = ContextVar("tide_started", default=None)
 
 
 @contextmanager
 def note_code_files() -> Iterator[list[str]]:
     """Collect the paths of the modules that Inductor loads inside the block, newly written or from its cache."""
-    _install()
+    _wrap(PyCodeCache, "load_by_key_path", _noting)
     files: list[str] = []
     token = _files.set(files)
     try:
@@ -26,20 +28,50 @@ def note_code_files() -> Iterator[list[str]]:
         _files.reset(token)
 
 
-def _install() -> None:
-    load = PyCodeCache.load_by_key_path
-    if getattr(load, "_tide", False):
-        return
+@contextmanager
+def compiling_together() -> Iterator[None]:
+    """Inside the block, C++ compilers are started and not waited for, so that the code of the next piece is generated
+    meanwhile; none of the pieces can run before the end of the block. Other threads wait as ever.
+    """
+    _wrap(AsyncCompile, "wait", _deferring)
+    started: list[tuple[AsyncCompile, dict[str, object]]] = []
+    token = _started.set(started)
+    try:
+        yield
+    finally:
+        _started.reset(token)
+    for compiler, scope in started:
+        compiler.wait(scope)
 
-    @functools.wraps(load)
+
+def _noting(load: Callable[..., object]) -> Callable[..., object]:
     def noting(key: str, path: str, *args: object, **kwargs: object) -> object:
         files = _files.get()
         if files is not None and path not in files:
             files.append(path)
         return load(key, path, *args, **kwargs)
 
-    noting._tide = True
-    PyCodeCache.load_by_key_path = noting
+    return noting
+
+
+def _deferring(wait: Callable[[AsyncCompile, dict[str, object]], None]) -> Callable[..., None]:
+    def deferring(compiler: AsyncCompile, scope: dict[str, object]) -> None:
+        started = _started.get()
+        if started is None:
+            wait(compiler, scope)
+        else:
+            started.append((compiler, scope))
+
+    return deferring
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    """Once for all."""
+    original = getattr(owner, name)
+    if not getattr(original, "_tide", False):
+        wrapped = functools.wraps(original)(wrapper(original))
+        wrapped._tide = True
+        setattr(owner, name, wrapped)
 
 
 def code_cache() -> Path:

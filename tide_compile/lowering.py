@@ -9,8 +9,8 @@ from contextlib import nullcontext
 
 import torch
 
-from tide_compile.compiled import Lazy, Runnable, compile_piece, compiling_together
-from tide_compile.inductor_code import note_code_files
+from tide_compile.compiled import Lazy, Runnable, compile_piece
+from tide_compile.inductor_code import compiling_together, note_code_files
 from tide_compile.passes.fx_tools import structure_key, value_of
 from tide_compile.passes.lower_attention import LowerAttention
 from tide_compile.passes.lower_linears import Form, Linears, LowerLinears, find_linears
