@@ -104,21 +104,24 @@ def test_agreement_is_counted_as_the_engine_writes(model, bank):
 
 
 def test_a_pilot_tells_how_far_the_screen_is_off(model, bank, monkeypatch):
-    """Three times as much disagreement as the screen has seen. Catches candidates that are not made more careful, and
-    prompts that choose and test."""
+    """Exits after the first layers do ten times the harm expected, those after the last ones three times. Catches
+    candidates that are not made more careful, harmful checkpoints that are kept, and prompts that choose and test."""
     bank.metadata["screen"] = [{"price": p, "disagreement": p / 10, "layers saved": p} for p in (0.0, 1.0)]
-    layer, seen = bank.layers[0], []
+    last, harmless, seen = bank.layers[-1], bank.layers[-2:], []
 
     def measured(model, trial, config, prompts, **_):
-        price = (1 - trial.thresholds[layer]) * LAYERS / (LAYERS - 1 - layer)
-        lost = SimpleNamespace(disagreement=3 * price / 10)
+        price = (1 - trial.thresholds[last]) * LAYERS / (LAYERS - 1 - last)
+        lost = SimpleNamespace(disagreement=(3 if len(trial.thresholds) <= 2 else 10) * price / 10)
         seen.append([*prompts])
-        return SimpleNamespace(generations=[lost] * len(prompts), disagreement=lost.disagreement, layers_saved=price)
+        saved = price * len(trial.thresholds)
+        return SimpleNamespace(generations=[lost] * len(prompts), disagreement=lost.disagreement, layers_saved=saved)
 
     monkeypatch.setattr("tide_compile.certify.measure_agreement", measured)
     found = certify(model, bank, [[i] for i in range(800)], 0.05, progress=False)
-    pilot, *tested = seen
-    assert pilot == [[i] for i in range(0, 800, 8)] and all(t == [[i] for i in range(800) if i % 8] for t in tested)
+    pilots, tested = seen[: len(bank.layers)], seen[len(bank.layers) :]
+    assert all(p == [[i] for i in range(0, 800, 8)] for p in pilots)
+    assert all(t == [[i] for i in range(800) if i % 8] for t in tested)
+    assert [*bank.thresholds] == harmless
     most = largest_loss(700, 0.05, 0.95)
     losses = [trial["disagreement"] for trial in found["trials"]]
     assert losses[:3] == pytest.approx([0.6 * most, 0.85 * most, most], abs=1e-5)

@@ -31,7 +31,7 @@ log = logging.getLogger("tide_compile")
 PROMISE = "certificate"  # its name in a bank's metadata
 _PARTS = (0.6, 0.85, 1.0, 1.2)  # of what can be certified: the losses that candidates are expected to have
 _PILOT = 8  # every eighth prompt tells how far expectations are off, and tests nothing
-_OFF = (0.5, 4.0)  # that they are taken to be off, at most
+_OFF = (0.25, 4.0)  # that they are taken to be off, at most
 
 
 def p_value(losses: Sequence[float], bound: float) -> float:
@@ -131,6 +131,24 @@ def check_promise(bound: float, confidence: float, prompts: int) -> None:
         )
 
 
+def _from_pilot(
+    measure: Callable[[Sequence[int]], tuple[Sequence[float], float]], layers: Sequence[int], expected: float
+) -> tuple[Sequence[int], float]:
+    """Which of the last ``layers`` to leave after, and how many times the ``expected`` loss exits there lead to.
+
+    A checkpoint may do harm that its scores do not know of: what leaves early leaves the layers behind it poorer keys
+    and values. So each end of the list is tried, and the one chosen that saves most layers for the loss.
+    """
+    best, chosen, off = -1.0, layers, 1.0
+    for first in reversed(range(len(layers))):
+        losses, saved = measure(layers[first:])
+        seen = sum(losses) / len(losses)
+        worth = saved * min(1.0, expected / seen) if seen else saved
+        if worth > best:
+            best, chosen, off = worth, layers[first:], seen / expected if expected else 1.0
+    return chosen, min(max(off, _OFF[0]), _OFF[1])
+
+
 def certify(
     model: nn.Module,
     bank: RouterBank,
@@ -147,9 +165,10 @@ def certify(
     which the output differs from the full model's choice after the same prefix is at most ``max_disagreement``.
 
     Candidates come from the calibration's ``screen``, which reads texts and so sees less disagreement than there is in
-    what TIDE writes: how much less, generations after every eighth prompt tell. The others test; each candidate is
-    measured on generations of its own (greedy, by the eager reference). Sets ``bank.thresholds`` and
-    ``bank.metadata[PROMISE]``; where nothing can be certified, all thresholds are 1: TIDE is off.
+    what TIDE writes: how much less, and from which checkpoint on exits save most for it, generations after every eighth
+    prompt tell. The others test; each candidate is measured on generations of its own (greedy, by the eager reference).
+    Sets ``bank.thresholds`` and ``bank.metadata[PROMISE]``; where nothing can be certified, all thresholds are 1: TIDE
+    is off.
 
     Args:
         model: uncompiled. prompts: token ids, not used in calibration. confidence: that the promise holds.
@@ -176,14 +195,13 @@ def certify(
         log.info("%s: disagreement %.4f, layers saved %.3f", thresholds, outcome.disagreement, outcome.layers_saved)
         return [g.disagreement for g in outcome.generations], outcome.layers_saved
 
-    def candidates(losses: Sequence[float]) -> list[dict[int, float]]:
+    def candidates(losses: Sequence[float], layers: Sequence[int]) -> list[dict[int, float]]:
         prices = prices_for(bank.metadata["screen"], losses)
-        return [thresholds_at(price, bank.layers, bank.num_layers) for price in prices]
+        return [thresholds_at(price, layers, bank.num_layers) for price in prices]
 
-    seen, _ = measure(candidates([most])[0], pilot)
-    off = min(max(sum(seen) / len(seen) / most, _OFF[0]), _OFF[1]) if most else 1.0
+    layers, off = _from_pilot(lambda layers: measure(candidates([most], layers)[0], pilot), bank.layers, most)
     trials = certify_in_sequence(
-        candidates([part * most / off for part in _PARTS]),
+        candidates([part * most / off for part in _PARTS], layers),
         lambda thresholds: measure(thresholds, tested),
         len(tested),
         max_disagreement,
