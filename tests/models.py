@@ -38,10 +38,12 @@ SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:
     """A random model whose hidden states change visibly from layer to layer."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=dtype).eval()
+    config = CONFIGS[name]()
+    config.num_hidden_layers = layers
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

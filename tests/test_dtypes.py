@@ -32,7 +32,7 @@ def quantised(dtype=torch.float32):
 )
 def test_calibrate_and_compile(model, lowering):
     model = model()
-    config = TIDEConfig(router_bottleneck_dim=8, **SETTINGS)
+    config = TIDEConfig(router_bottleneck_dim=8, distillation_steps=8, **SETTINGS)
     bank = calibrate(model, Characters(), config, dataset=texts(20), progress=False)
     settings = {"lowering": lowering, **SETTINGS}
     threshold = threshold_between(model, bank, 0.4, "static", 2, **settings)
@@ -46,7 +46,7 @@ def test_quantised_weights_have_a_fingerprint():
     mark = fingerprint(model.parameters())
     assert mark == fingerprint(quantised().parameters())
     assert mark != fingerprint(tiny("rmsnorm-rope-gqa").parameters())
-    config = TIDEConfig(router_bottleneck_dim=8, **SETTINGS)
+    config = TIDEConfig(router_bottleneck_dim=8, distillation_steps=8, **SETTINGS)
     calibrate(model, Characters(), config, dataset=texts(20), progress=False)  # attaches
     options = {"exit_threshold": 0.0, "lowering": "eager", **SETTINGS}
     with torch.no_grad(), tide_compile.record_exits() as stats:

@@ -224,17 +224,18 @@ def test_generate_from_threads(model, bank):
     assert all(torch.equal(got[i], want[i % 4]) for i in range(8))
 
 
-def test_many_engines(model, bank):
+def test_many_engines():
     """A sweep over thresholds must not run into Dynamo's limit of recompilations."""
+    model, bank = tiny("rmsnorm-rope-gqa", layers=2), RouterBank.untrained(HIDDEN, 2, bottleneck_dim=16)
     for step in range(10):
         engine = TIDE(model, bank, TIDEConfig(exit_threshold=step / 20, **SETTINGS))
         engine(prompt(1)[0], use_cache=False)
     assert engine.last_stats.total_tokens == 9
 
 
-def test_many_kinds_of_call(model):
+def test_many_kinds_of_call():
     """One engine serves more kinds of call than Dynamo compiles by default, which is 8."""
-    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    engine = TIDE(tiny("rmsnorm-rope-gqa", layers=2), config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
     ids, mask = prompt(2)
     torch._dynamo.utils.counters.clear()
     for rows in (ids, ids[:1]):

@@ -12,10 +12,16 @@ from tide_compile.errors import ConfigError, RouterFileError
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
 SINGLE = pytest.param(1, marks=pytest.mark.slow)  # the sweep of test_compaction.py has a part of these cases
 ZERO_PAD = pytest.param("zero_pad", marks=pytest.mark.slow)
+KEEPING = [pytest.param("none", marks=pytest.mark.slow), "dynamic", "static"]  # some_exits has the case without a cache
+SHORTCUTS = [
+    pytest.param(name, batch, cache, marks=() if i == j else pytest.mark.slow)
+    for i, (name, batch) in enumerate([("parallel-residual", 4), ("rmsnorm-rope-gqa", 1), ("sliding-window", 4)])
+    for j, cache in enumerate(CACHES)
+]
 
 
 @pytest.mark.parametrize("batch", [SINGLE, 4])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", KEEPING)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_threshold_one_is_the_stock_model(name, cache, batch):
     """Catches a cut that loses or reorders something."""
@@ -32,7 +38,7 @@ def test_threshold_one_is_the_stock_model(name, cache, batch):
 
 
 @pytest.mark.parametrize("strategy", ["propagate", ZERO_PAD])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [SINGLE, 4])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_some_exits(name, cache, batch, strategy):
@@ -46,7 +52,7 @@ def test_some_exits(name, cache, batch, strategy):
 
 
 @pytest.mark.parametrize("strategy", [ZERO_PAD, "propagate"])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", KEEPING)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_exit(name, cache, strategy):
     """Catches a fill slice that forgets a layer's K/V: the next token would see it."""
@@ -56,9 +62,8 @@ def test_all_exit(name, cache, strategy):
     assert stats.exits_per_layer == {1: stats.total_tokens}
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize(("name", "batch"), [("rmsnorm-rope-gqa", 1), ("sliding-window", 4), ("parallel-residual", 4)])
-def test_shortcuts(name, cache, batch):
+@pytest.mark.parametrize(("name", "batch", "cache"), SHORTCUTS)
+def test_shortcuts(name, batch, cache):
     """Some leave, then all. Catches a shortcut of another layer, one that active rows go through, one too many or too
     few on the way, and a state that does not get from one segment to the next."""
     model = tiny(name)

@@ -16,7 +16,9 @@ from tide_compile.passes.cost import Device
 
 log = logging.getLogger("tide_compile")
 
-_SIZE = 1024  # of the matrices: large enough for full speed, small enough for a slow machine
+_SIZE = 1024  # of the matrices: large enough for full speed
+_ROWS = (16, 64, 256, _SIZE)  # of the first, from few to all: processors without a dtype's products are 100 times slower
+_LONG = 0.005  # seconds that tell the speed well enough
 _BYTES = 1 << 27
 
 
@@ -27,10 +29,13 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
         left, right = (torch.ones(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))
         data = torch.ones(_BYTES // dtype.itemsize, device=device, dtype=dtype)
         target, small = torch.empty_like(data), torch.ones(1, device=device)
-        product = _median(lambda: left @ right, device)
+        for rows in _ROWS:
+            product = _median(lambda some=left[:rows]: some @ right, device)
+            if product > _LONG:
+                break
         copying = _median(lambda: target.copy_(data), device)
         nothing = _median(lambda: small + 1, device)
-    found = Device(2.0 * _SIZE**3 / product, 2.0 * _BYTES / copying, nothing)
+    found = Device(2.0 * rows * _SIZE**2 / product, 2.0 * _BYTES / copying, nothing)
     log.info(
         "%s %s: %.0f GFLOP/s, %.1f GB/s, %.0f us per kernel",
         device, dtype, found.flops / 1e9, found.bandwidth / 1e9, found.overhead * 1e6,
