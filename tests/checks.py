@@ -1,5 +1,7 @@
 """How compiled modes are compared with the eager reference."""
 
+from contextlib import nullcontext
+
 import torch
 
 import tide_compile
@@ -39,15 +41,24 @@ def threshold_between(model, bank, share, cache, batch, padding=3, **settings):
 
 def check(model, bank, cache, batch, threshold, fullgraph=False, padding=3, **settings):
     """Run a model compiled and by the eager reference: same exit layers, logits within tolerance. Returns the exits."""
-    config = TIDEConfig(exit_threshold=threshold, **settings)
-    with tide_compile.eager_reference(model, bank, config) as reference:
-        want = logits_of(model, model, cache, batch, padding=padding)
-    options = {"router": bank, "exit_threshold": threshold, **settings}
+    return check_each(model, bank, cache, batch, [threshold], fullgraph, padding, **settings)[0]
+
+
+def check_each(model, bank, cache, batch, thresholds, fullgraph=False, padding=3, **settings):
+    """``check`` with several thresholds: compiled with the first, which the others take the place of."""
+    options = {"router": bank, "exit_threshold": thresholds[0], **settings}
     compiled = torch.compile(model, backend="tide", options=options, fullgraph=fullgraph)
-    with tide_compile.record_exits(per_token=True) as stats:
-        got = logits_of(model, compiled, cache, batch, padding=padding)
-    for ours, theirs in zip(stats.exit_layers, reference.exit_layers, strict=True):
-        assert torch.equal(ours, theirs)
-    for ours, theirs in zip(got, want, strict=True):
-        assert_close(ours, theirs)
-    return stats
+    found = []
+    for threshold in thresholds:
+        config = TIDEConfig(exit_threshold=threshold, **settings)
+        with tide_compile.eager_reference(model, bank, config) as reference:
+            want = logits_of(model, model, cache, batch, padding=padding)
+        override = tide_compile.exit_threshold(threshold) if found else nullcontext()
+        with override, tide_compile.record_exits(per_token=True) as stats:
+            got = logits_of(model, compiled, cache, batch, padding=padding)
+        for ours, theirs in zip(stats.exit_layers, reference.exit_layers, strict=True):
+            assert torch.equal(ours, theirs)
+        for ours, theirs in zip(got, want, strict=True):
+            assert_close(ours, theirs)
+        found.append(stats)
+    return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tide_compile
-from tests.checks import assert_close, check, threshold_between
+from tests.checks import assert_close, check, check_each, threshold_between
 from tests.models import CACHES, CONFIGS, HIDDEN, LAYERS, logits_of, prompt, shortcuts, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, RouterFileError
@@ -12,7 +12,7 @@ from tide_compile.errors import ConfigError, RouterFileError
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
 SINGLE = pytest.param(1, marks=pytest.mark.slow)  # the sweep of test_compaction.py has a part of these cases
 ZERO_PAD = pytest.param("zero_pad", marks=pytest.mark.slow)
-KEEPING = [pytest.param("none", marks=pytest.mark.slow), "dynamic", "static"]  # some_exits has the case without a cache
+KEEPING = [pytest.param("none", marks=pytest.mark.slow), "dynamic", "static"]  # test_exits has the case without a cache
 SHORTCUTS = [
     pytest.param(name, batch, cache, marks=() if i == j else pytest.mark.slow)
     for i, (name, batch) in enumerate([("parallel-residual", 4), ("rmsnorm-rope-gqa", 1), ("sliding-window", 4)])
@@ -41,25 +41,16 @@ def test_threshold_one_is_the_stock_model(name, cache, batch):
 @pytest.mark.parametrize("batch", [SINGLE, 4])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_some_exits(name, cache, batch, strategy):
-    """Catches a wrong mask, a lost cache write, K/V from the wrong state."""
+def test_exits(name, cache, batch, strategy):
+    """Some tokens leave, then all. Catches a wrong mask, a lost cache write, K/V from the wrong state, and a fill slice
+    that forgets a layer's K/V: the next token would see it."""
     model = tiny(name)
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     settings = {"lowering": "eager", "kv_cache_strategy": strategy, **SETTINGS}
     threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
-    stats = check(model, bank, cache, batch, threshold, **settings)
-    assert 0 < stats.total_exited < stats.total_tokens
-
-
-@pytest.mark.parametrize("strategy", [ZERO_PAD, "propagate"])
-@pytest.mark.parametrize("cache", KEEPING)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_all_exit(name, cache, strategy):
-    """Catches a fill slice that forgets a layer's K/V: the next token would see it."""
-    model = tiny(name)
-    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
-    stats = check(model, bank, cache, 4, 0.0, lowering="eager", kv_cache_strategy=strategy, **SETTINGS)
-    assert stats.exits_per_layer == {1: stats.total_tokens}
+    some, every = check_each(model, bank, cache, batch, [threshold, 0.0], **settings)
+    assert 0 < some.total_exited < some.total_tokens
+    assert every.exits_per_layer == {1: every.total_tokens}
 
 
 @pytest.mark.parametrize(("name", "batch", "cache"), SHORTCUTS)
@@ -71,8 +62,7 @@ def test_shortcuts(name, batch, cache):
     bank.shortcuts = shortcuts()
     settings = {"lowering": "eager", **SETTINGS, "min_layers": 1}
     threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
-    assert check(model, bank, cache, batch, threshold, **settings).total_exited > 0
-    check(model, bank, cache, batch, 0.0, **settings)
+    assert check_each(model, bank, cache, batch, [threshold, 0.0], **settings)[0].total_exited > 0
 
 
 def test_shortcuts_are_asked_for_or_come_with_the_routers(model, bank, tmp_path):

@@ -17,7 +17,7 @@ from tide_compile.passes.cost import Device
 log = logging.getLogger("tide_compile")
 
 _SIZE = 1024  # of the matrices: large enough for full speed
-_ROWS = (16, 64, 256, _SIZE)  # of the first, from few to all: processors without a dtype's products are 100 times slower
+_ROWS = (16, 64, 256, _SIZE)  # of the first: a processor without products of a dtype is 100 times slower
 _LONG = 0.005  # seconds that tell the speed well enough
 _BYTES = 1 << 27
 
