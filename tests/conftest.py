@@ -17,9 +17,10 @@ from tide_compile import RouterBank
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """No compiled code and no routers from other tests; and no time for the measurements that each repeats."""
+    """No compiled code and no routers from other tests; and no time for measurements and training that each repeats."""
     monkeypatch.setenv("TIDE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tide_compile.tuning._LEAST", 0.0)
+    monkeypatch.setattr("tide_compile.train._PROBE_STEPS", 100)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -18,7 +18,7 @@ from transformers import (
 
 from tide_compile.networks import Projection
 
-VOCABULARY, HIDDEN, LAYERS = 128, 64, 4
+VOCABULARY, HIDDEN, LAYERS, FEW = 128, 64, 4, 2  # few layers, where more would only take longer
 _WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4}
 _COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": LAYERS}
 

@@ -11,9 +11,20 @@ from transformers.generation.streamers import BaseStreamer
 
 import tide_compile
 from tests.checks import assert_close
-from tests.models import GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
+from tests.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
+
+
+@pytest.fixture
+def model():
+    """In the place of conftest's, and shallower: what is tested here is around the layers."""
+    return tiny("rmsnorm-rope-gqa", layers=FEW)
+
+
+@pytest.fixture
+def bank():
+    return RouterBank.untrained(HIDDEN, FEW, bottleneck_dim=16)
 
 
 def reference_text(model, bank, config, ids, mask, **kwargs):
@@ -23,8 +34,9 @@ def reference_text(model, bank, config, ids, mask, **kwargs):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_generate_equals_the_reference(model, bank, batch):
+def test_generate_equals_the_reference(batch):
     """The text, and the count of exits, of left-padded batches."""
+    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     config = TIDEConfig(exit_threshold=0.5, **SETTINGS)
     ids, mask = prompt(batch)
     engine = TIDE(model, bank, config)
@@ -224,18 +236,17 @@ def test_generate_from_threads(model, bank):
     assert all(torch.equal(got[i], want[i % 4]) for i in range(8))
 
 
-def test_many_engines():
+def test_many_engines(model, bank):
     """A sweep over thresholds must not run into Dynamo's limit of recompilations."""
-    model, bank = tiny("rmsnorm-rope-gqa", layers=2), RouterBank.untrained(HIDDEN, 2, bottleneck_dim=16)
     for step in range(10):
         engine = TIDE(model, bank, TIDEConfig(exit_threshold=step / 20, **SETTINGS))
         engine(prompt(1)[0], use_cache=False)
     assert engine.last_stats.total_tokens == 9
 
 
-def test_many_kinds_of_call():
+def test_many_kinds_of_call(model):
     """One engine serves more kinds of call than Dynamo compiles by default, which is 8."""
-    engine = TIDE(tiny("rmsnorm-rope-gqa", layers=2), config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
     ids, mask = prompt(2)
     torch._dynamo.utils.counters.clear()
     for rows in (ids, ids[:1]):
@@ -258,7 +269,7 @@ def test_inference_mode_and_embeddings(model, bank):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_layers_are_not_run(model, bank, batch, monkeypatch):
+def test_layers_are_not_run(batch, monkeypatch):
     """The promise: once every row has left, no later layer runs, in prompts, batches and decoding."""
     from tide_compile import executor
 
@@ -267,6 +278,7 @@ def test_layers_are_not_run(model, bank, batch, monkeypatch):
     monkeypatch.setattr(executor._Call, "__call__", lambda self, env: (ran.append(self), original(self, env))[1])
     built = []
     monkeypatch.setattr(executor.Executor, "_bind", _noting(executor.Executor._bind, built))
+    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, min_layers=2, checkpoint_interval=1, lowering="eager"))
     engine.generate(*prompt(batch)[:1], **GENERATE)
     assert len({id(e) for e in built}) == 2  # prompt, decoding

@@ -15,7 +15,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from tests.checks import assert_close
-from tests.models import GENERATE, prompt, tiny
+from tests.models import FEW, GENERATE, prompt, tiny
 from tests.test_passes import capture
 from tide_compile import TIDE, RouterBank, TIDEConfig, record_times, tuning
 from tide_compile.inductor_code import compiling_together
@@ -191,7 +191,7 @@ def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
 def test_warmup_compiles_everything(caplog):
     """Catches a piece that is compiled while a user waits: after warmup neither Dynamo nor a piece has to be."""
     ids, mask = prompt(2, padding=0)
-    model = tiny("rmsnorm-rope-gqa", layers=2)
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
     bank = RouterBank.synthetic(model, ids, {0: 0.5})
     engine = TIDE(model, bank, TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always"))
     assert engine.warmup(batch_size=2) > 0

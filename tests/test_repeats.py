@@ -8,7 +8,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 from tests.checks import assert_close
-from tests.models import GENERATE, SETTINGS, prompt, tiny
+from tests.models import FEW, GENERATE, SETTINGS, prompt, tiny
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ModelChangedError
 
@@ -96,7 +96,7 @@ def guarded(monkeypatch):
 def test_a_change_between_calls_counts(change):
     if change is adapted:
         pytest.importorskip("peft")
-    model = tiny("rmsnorm-rope-gqa", layers=2)
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
     engine = TIDE(model, config=OFF)
     before = logits(engine)
     assert_close(before, logits(model))
@@ -127,7 +127,7 @@ class Changing(LogitsProcessor):
 def test_a_change_within_a_call_is_an_error(change):
     if change is adapted:
         pytest.importorskip("peft")
-    model = tiny("rmsnorm-rope-gqa", layers=2)
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
     engine = TIDE(model, config=OFF)
     processors = LogitsProcessorList([Changing(lambda: change(model), 16)])
     with pytest.raises(ModelChangedError, match="between two calls"):
@@ -139,7 +139,7 @@ def test_new_weights_within_a_call_count():
     """They are read for every token: nothing is compiled into the code but their shapes."""
     texts = []
     for wrap in (lambda model: model, lambda model: TIDE(model, config=OFF)):
-        model = tiny("rmsnorm-rope-gqa", layers=2)
+        model = tiny("rmsnorm-rope-gqa", layers=FEW)
         processors = LogitsProcessorList([Changing(lambda model=model: replaced(model), 16)])
         texts.append(wrap(model).generate(prompt(1)[0], **LONG, logits_processor=processors))
     assert torch.equal(*texts)
@@ -147,7 +147,7 @@ def test_new_weights_within_a_call_count():
 
 def test_few_guards_and_no_recompilation(guarded):
     """Dynamo is asked for the prompt and one token; nothing is compiled that was before."""
-    engine = TIDE(tiny("rmsnorm-rope-gqa", layers=2), config=OFF)
+    engine = TIDE(tiny("rmsnorm-rope-gqa", layers=FEW), config=OFF)
     ids, mask = prompt(1)
     engine.generate(ids, attention_mask=mask, **LONG)
     guarded.clear()
@@ -159,7 +159,7 @@ def test_few_guards_and_no_recompilation(guarded):
 
 def test_shapes_in_turn():
     """Other batches, prompts and caches between the calls of one kind."""
-    model = tiny("rmsnorm-rope-gqa", layers=2)
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
     engine = TIDE(model, config=OFF)
     for batch, length in ((1, 9), (3, 9), (1, 9)):
         ids, mask = prompt(batch, length)
@@ -172,7 +172,7 @@ def test_shapes_in_turn():
 
 def test_a_call_within_a_call():
     """What a callback asks the engine in the meantime is another kind of call."""
-    model = tiny("rmsnorm-rope-gqa", layers=2)
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
     engine = TIDE(model, config=OFF)
     ids, _ = prompt(1)
     want = model.generate(ids, **LONG)
@@ -191,7 +191,7 @@ def test_windows_keep_their_guards(guarded):
 
 
 def test_dynamo_switched_off_stays_off():
-    engine = TIDE(tiny("rmsnorm-rope-gqa", layers=2), config=OFF)
+    engine = TIDE(tiny("rmsnorm-rope-gqa", layers=FEW), config=OFF)
     out = engine.generate(prompt(1)[0], **LONG)
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,9 +10,20 @@ from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import tide_compile
 from tests.checks import assert_close
-from tests.models import GENERATE, LAYERS, SETTINGS, logits_of, prompt
-from tide_compile import TIDE, TIDEConfig
+from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, logits_of, prompt, tiny
+from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
+
+
+@pytest.fixture
+def model():
+    """In the place of conftest's, and shallower: what is tested here is around the layers."""
+    return tiny("rmsnorm-rope-gqa", layers=FEW)
+
+
+@pytest.fixture
+def bank():
+    return RouterBank.untrained(HIDDEN, FEW, bottleneck_dim=16)
 
 
 def reference_text(model, bank, config, ids, **kwargs):
@@ -58,7 +69,7 @@ def test_hidden_states_from_the_engine(model, bank):
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
     with torch.no_grad():
         states = engine.model(prompt(1)[0], output_hidden_states=True).hidden_states
-    assert len(states) == LAYERS + 1
+    assert len(states) == FEW + 1
 
 
 def test_adapters(model, bank):

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from scipy.stats import binom
+from scipy.special import bdtr
 from torch import nn
 
 from tide_compile.agreement import measure_agreement
@@ -51,7 +51,7 @@ def p_value(losses: Sequence[float], bound: float) -> float:
     if seen > 0:
         divergence += seen * math.log(seen / bound)
     hoeffding = math.exp(-count * divergence)
-    bentkus = math.e * float(binom.cdf(math.ceil(count * mean - 1e-9), count, bound))
+    bentkus = math.e * float(bdtr(math.ceil(count * mean - 1e-9), count, bound))
     betting = 1.0
     if max(losses) < 1:
         betting = math.exp(min(0.0, sum(math.log((1 - bound) / (1 - loss)) for loss in losses)))
