@@ -18,7 +18,7 @@ $(VENV)/installed: pyproject.toml
 demo: install  ## calibrate SmolLM2-135M, generate with exits, compare with eager and stock Inductor
 	$(VENV)/bin/tide demo
 
-test: install  ## all tests but the slow part of the real-model grid
+test: install  ## all tests but the slow part of some grids
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 test-all: install

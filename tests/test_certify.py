@@ -124,8 +124,8 @@ def test_a_pilot_tells_how_far_the_screen_is_off(model, bank, monkeypatch):
     assert [*bank.thresholds] == harmless
     most = largest_loss(700, 0.05, 0.95)
     losses = [trial["disagreement"] for trial in found["trials"]]
-    assert losses[:3] == pytest.approx([0.6 * most, 0.85 * most, most], abs=1e-5)
-    assert found["measured"] >= losses[1] and found["trials"][-1]["p"] > 0.05  # the third may fail by rounding
+    assert losses[:4] == pytest.approx([part * most for part in (0.3, 0.6, 0.85, 1)], abs=1e-5)
+    assert found["measured"] >= losses[2] and found["trials"][-1]["p"] > 0.05  # the fourth may fail by rounding
 
 
 def test_certificates(model, bank, tmp_path):

@@ -10,11 +10,27 @@ from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, RouterFileError
 
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
-SINGLE = pytest.param(1, marks=pytest.mark.slow)  # the sweep of test_compaction.py has a part of these cases
-ZERO_PAD = pytest.param("zero_pad", marks=pytest.mark.slow)
-KEEPING = [pytest.param("none", marks=pytest.mark.slow), "dynamic", "static"]  # test_exits has the case without a cache
+SINGLE = pytest.param(1, marks=pytest.mark.slow)
+KEEPING = [pytest.param("none", marks=pytest.mark.slow), "dynamic", "static"]  # without one: test_families.py
+
+
+def part(fast, *values):
+    """A case that always runs, or one of those that only ``make test-all`` runs."""
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+EXITS = [  # all of batch 4, one cache of batch 1, one case of zero_pad
+    part(
+        (batch == 4 or i % 3 == j) if strategy == "propagate" else (i, j, batch) == (0, 2, 4),
+        name, cache, batch, strategy,
+    )
+    for i, name in enumerate(CONFIGS)
+    for j, cache in enumerate(CACHES)
+    for batch in (1, 4)
+    for strategy in ("propagate", "zero_pad")
+]  # fmt: skip
 SHORTCUTS = [
-    pytest.param(name, batch, cache, marks=() if i == j else pytest.mark.slow)
+    part(i == j, name, batch, cache)
     for i, (name, batch) in enumerate([("parallel-residual", 4), ("rmsnorm-rope-gqa", 1), ("sliding-window", 4)])
     for j, cache in enumerate(CACHES)
 ]
@@ -37,10 +53,7 @@ def test_threshold_one_is_the_stock_model(name, cache, batch):
     assert stats.total_tokens == sum(len(logits) for logits in want)  # and padding is not counted
 
 
-@pytest.mark.parametrize("strategy", ["propagate", ZERO_PAD])
-@pytest.mark.parametrize("batch", [SINGLE, 4])
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "cache", "batch", "strategy"), EXITS)
 def test_exits(name, cache, batch, strategy):
     """Some tokens leave, then all. Catches a wrong mask, a lost cache write, K/V from the wrong state, and a fill slice
     that forgets a layer's K/V: the next token would see it."""

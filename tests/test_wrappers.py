@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import tide_compile
 from tests.checks import assert_close
-from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, logits_of, prompt, tiny
+from tests.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, logits_of, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
 
@@ -43,9 +43,10 @@ def reference_text(model, bank, config, ids, **kwargs):
     ],
     ids=lambda asked: next(iter(asked)),
 )
-def test_other_outputs(model, bank, asked, threshold):
+def test_other_outputs(asked, threshold):
     """Everything a forward can return: shapes, order and values as in the reference, and so in the stock model. The
     reference comes first: transformers installs its hooks for outputs in the first call, and that breaks a graph."""
+    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     ids, mask = prompt(2)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **asked}
     config = TIDEConfig(exit_threshold=threshold, **SETTINGS)

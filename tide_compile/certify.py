@@ -29,7 +29,7 @@ from tide_compile.screen import prices_for, thresholds_at
 log = logging.getLogger("tide_compile")
 
 PROMISE = "certificate"  # its name in a bank's metadata
-_PARTS = (0.6, 0.85, 1.0, 1.2)  # of what can be certified: the losses that candidates are expected to have
+_PARTS = (0.3, 0.6, 0.85, 1.0, 1.2)  # of what can be certified: the losses that candidates are expected to have
 _PILOT = 8  # every eighth prompt tells how far expectations are off, and tests nothing
 _OFF = (0.25, 4.0)  # that they are taken to be off, at most
 
@@ -134,17 +134,18 @@ def check_promise(bound: float, confidence: float, prompts: int) -> None:
 def _from_pilot(
     measure: Callable[[Sequence[int]], tuple[Sequence[float], float]], layers: Sequence[int], expected: float
 ) -> tuple[Sequence[int], float]:
-    """Which of the last ``layers`` to leave after, and how many times the ``expected`` loss exits there lead to.
+    """From which of ``layers`` on to leave, and how many times the ``expected`` loss exits there lead to.
 
     A checkpoint may do harm that its scores do not know of: what leaves early leaves the layers behind it poorer keys
-    and values. So each end of the list is tried, and the one chosen that saves most layers for the loss.
+    and values. So each end of the list is tried, and the one chosen that saves most layers at no more than that loss,
+    or, where it loses more, most for the loss.
     """
     best, chosen, off = -1.0, layers, 1.0
     for first in reversed(range(len(layers))):
         losses, saved = measure(layers[first:])
         seen = sum(losses) / len(losses)
         worth = saved * min(1.0, expected / seen) if seen else saved
-        if worth > best:
+        if worth >= best:  # what did no harm stays
             best, chosen, off = worth, layers[first:], seen / expected if expected else 1.0
     return chosen, min(max(off, _OFF[0]), _OFF[1])
 
@@ -166,9 +167,9 @@ def certify(
 
     Candidates come from the calibration's ``screen``, which reads texts and so sees less disagreement than there is in
     what TIDE writes: how much less, and from which checkpoint on exits save most for it, generations after every eighth
-    prompt tell. The others test; each candidate is measured on generations of its own (greedy, by the eager reference).
-    Sets ``bank.thresholds`` and ``bank.metadata[PROMISE]``; where nothing can be certified, all thresholds are 1: TIDE
-    is off.
+    prompt tell, once for each checkpoint. The others test; each candidate is measured on generations of its own
+    (greedy, by the eager reference). Sets ``bank.thresholds`` and ``bank.metadata[PROMISE]``; where nothing can be
+    certified, all thresholds are 1: TIDE is off.
 
     Args:
         model: uncompiled. prompts: token ids, not used in calibration. confidence: that the promise holds.
