@@ -141,9 +141,11 @@ def test_calibrate(deep, tmp_path):
     data, saved = tmp_path / "texts.jsonl", tmp_path / "r.safetensors"
     lines = [json.dumps({"text": " ".join(f"w{3 + (i * j) % 120}" for j in range(40))}) for i in range(1, 9)]
     data.write_text("\n".join(lines))
-    made = record("calibrate", deep, "--data", data, "--samples", 7, "--save", saved)
+    options = ["--samples", 7, "--min-layers", 6, "--interval", 3, "--steps", 2]
+    made = record("calibrate", deep, "--data", data, "--save", saved, *options)
     assert made["router"] == str(saved) and made["texts"] == 7 and made["data"] == str(data)
-    assert RouterBank.load(saved).num_layers == 9
+    bank = RouterBank.load(saved)
+    assert bank.num_layers == 9 and bank.layers == [5] and bank.metadata["config"]["distillation_steps"] == 2
     assert "CalibrationDataError" in call("calibrate", deep, "--data", tmp_path / "none.txt", code=1).stderr
 
 

@@ -49,6 +49,9 @@ def calibrate(
     data: Annotated[str | None, typer.Option(help="Data set, .txt or .jsonl file, pydoc, self; A+B.")] = None,
     samples: Annotated[int | None, typer.Option(min=5, help="Texts; default 2000.")] = None,
     save: Annotated[Path | None, typer.Option(help="Router file to write; default: in the router cache.")] = None,
+    interval: Annotated[int | None, typer.Option(min=1, help="Layers between checkpoints; default 4.")] = None,
+    min_layers: Annotated[int | None, typer.Option(min=1, help="Layers before the first; default 8.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Of distillation, per checkpoint; default 200.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put texts into the model's chat template.")] = False,
     max_disagreement: Annotated[
         float | None, typer.Option(help="Choose thresholds that promise at most this share of other tokens.")
@@ -63,7 +66,13 @@ def calibrate(
     with one_line_errors(debug):
         from tide_compile.commands.calibrate import calibrate_model
 
-        settings = {"calibration_dataset": data, "calibration_samples": samples}
+        settings = {
+            "calibration_dataset": data,
+            "calibration_samples": samples,
+            "checkpoint_interval": interval,
+            "min_layers": min_layers,
+            "distillation_steps": steps,
+        }
         calibrate_model(model, save, dtype=dtype, as_json=json, settings=settings, chat=chat,
                         max_disagreement=max_disagreement, confidence=confidence, num_prompts=prompts)  # fmt: skip
 
