@@ -218,7 +218,7 @@ def document(
             "",
             tabulate([[n, *values] for n, values in checkpoints.items()], tablefmt="github", headers=[""] * 2),
             "",
-            "Reliability: tokens by score; mean score and share that agree.",
+            "Reliability, by score: mean score: share that agrees, of tokens.",
             "",
             tabulate(curves, curve_headers, "github", disable_numparse=True),
             "",

@@ -112,10 +112,10 @@ def test_inspect_router(router):
         "num layers │ 3",
         "hidden size │ 64",
         "identity",
-        "│ 0 │ 0.5 │ 0.250",
-        "│ 1 │ 0.52 │ 0.500",
+        "│ threshold │ 0.5 │ 0.52 │",
+        "│ top-1 agreement │ 0.250 │ 0.500 │",
         "0.97",
-        "0.853 │ 0.831 │ 7",
+        "0.853: 0.831 of 7",
     ):
         assert part in text
     found = record("inspect", router)

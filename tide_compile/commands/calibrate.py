@@ -48,31 +48,28 @@ def promise(certificate: dict[str, object]) -> str:
 
 
 def checkpoint_table(bank: RouterBank) -> Table:
-    """What calibration measured at each checkpoint, and the threshold that was chosen, if one was."""
-    rows = {row["layer"]: row for row in bank.metadata.get("table", []) if "layer" in row}
-    names = list(dict.fromkeys(n for row in rows.values() for n in row if n != "layer"))
-    table = Table("layer", *([] if not bank.thresholds else ["threshold"]), *names, title="checkpoints")
-    for layer in bank.layers:
-        chosen = (
-            [] if not bank.thresholds else [f"{bank.thresholds[layer]:.4g}" if layer in bank.thresholds else "none"]
-        )
-        table.add_row(str(layer), *chosen, *(_cell(rows.get(layer, {}).get(n)) for n in names))
+    """What calibration measured, and the threshold that was chosen, if one was: a column for each checkpoint."""
+    measured = {row["layer"]: row for row in bank.metadata.get("table", []) if "layer" in row}
+    names = list(dict.fromkeys(n for row in measured.values() for n in row if n != "layer"))
+    table = Table("after layer", *map(str, bank.layers), title="checkpoints")
+    if bank.thresholds:
+        chosen = (f"{bank.thresholds[n]:.4g}" if n in bank.thresholds else "none" for n in bank.layers)
+        table.add_row("threshold", *chosen)
+    for name in names:
+        table.add_row(name, *(_cell(measured.get(layer, {}).get(name)) for layer in bank.layers))
     return table
 
 
 def reliability_rows(bank: RouterBank) -> tuple[list[str], list[list[str]]]:
     """How far scores can be trusted, on held-out tokens, as headers and rows: per interval of scores, for each
-    checkpoint, the mean score, the share that agrees, and tokens."""
+    checkpoint, the mean score, the share that agrees, and of how many tokens."""
     curves = {layer: {r["from"]: r for r in curve} for layer, curve in bank.metadata.get("reliability", {}).items()}
-    headers = ["score", *(f"{layer}: {what}" for layer in curves for what in ("mean", "agree", "tokens"))]
     rows = []
     for low in sorted({low for curve in curves.values() for low in curve}):
-        cells = [f"{low:.1f} to {low + 0.1:.1f}"]
-        for curve in curves.values():
-            r = curve.get(low)
-            cells += [""] * 3 if r is None else [f"{r['score']:.3f}", f"{r['agreement']:.3f}", str(r["tokens"])]
-        rows.append(cells)
-    return headers, rows
+        found = (curve.get(low) for curve in curves.values())
+        cells = ("" if r is None else f"{r['score']:.3f}: {r['agreement']:.3f} of {r['tokens']}" for r in found)
+        rows.append([f"{low:.1f} to {low + 0.1:.1f}", *cells])
+    return ["score", *(f"after {layer}" for layer in curves)], rows
 
 
 def _cell(value: object) -> str:
