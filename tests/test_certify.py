@@ -135,7 +135,7 @@ def test_certificates(model, bank, tmp_path):
     found = certify(model, bank, max_disagreement=0.05, **options)
     again = RouterBank.load(bank.save(tmp_path / "r.safetensors"))
     assert again.metadata["certificate"] == found and found["measured"] == 0 and found["prompts"] == 140
-    assert again.thresholds and min(again.thresholds.values()) > 0.9
+    assert [*again.thresholds] == bank.layers and 0.8 < min(again.thresholds.values()) < 1
     bank.metadata["screen"] = [{"price": 1e3, "disagreement": 0.0, "layers saved": 0.9}]
     assert certify(model, bank, max_disagreement=0.05, **options)["measured"] is None
     compiled = torch.compile(model, backend="tide", options={"router": bank, "lowering": "eager"})
