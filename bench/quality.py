@@ -218,7 +218,7 @@ def document(
             "",
             tabulate([[n, *values] for n, values in checkpoints.items()], tablefmt="github", headers=[""] * 2),
             "",
-            "Reliability, by score: mean score: share that agrees, of tokens.",
+            "Reliability, by score; in a cell: mean score: share that agrees of how many tokens.",
             "",
             tabulate(curves, curve_headers, "github", disable_numparse=True),
             "",

@@ -37,10 +37,16 @@ def smollm2():
 
 
 @pytest.fixture
-def model():
-    return tiny("rmsnorm-rope-gqa")
+def depth(request):
+    """Layers: as many as the module of the test says in ``DEPTH``."""
+    return getattr(request.module, "DEPTH", LAYERS)
 
 
 @pytest.fixture
-def bank():
-    return RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+def model(depth):
+    return tiny("rmsnorm-rope-gqa", layers=depth)
+
+
+@pytest.fixture
+def bank(depth):
+    return RouterBank.untrained(HIDDEN, depth, bottleneck_dim=16)

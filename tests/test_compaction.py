@@ -84,7 +84,7 @@ relaxed = settings(deadline=None, derandomize=True, suppress_health_check=[Healt
 
 
 @given(case=CASES)
-@settings(relaxed, max_examples=3)
+@settings(relaxed, max_examples=5)
 def test_compact_equals_masked_equals_reference(case):
     """Catches a row gathered along the wrong dimension, a size that was not replaced, a state scattered back
     wrongly."""

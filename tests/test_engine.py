@@ -15,16 +15,7 @@ from tests.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, pr
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
 
-
-@pytest.fixture
-def model():
-    """In the place of conftest's, and shallower: what is tested here is around the layers."""
-    return tiny("rmsnorm-rope-gqa", layers=FEW)
-
-
-@pytest.fixture
-def bank():
-    return RouterBank.untrained(HIDDEN, FEW, bottleneck_dim=16)
+DEPTH = FEW  # of the fixtures' model: what is tested here is around the layers
 
 
 def reference_text(model, bank, config, ids, mask, **kwargs):

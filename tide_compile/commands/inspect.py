@@ -61,7 +61,7 @@ def inspect_router(path: Path, as_json: bool) -> None:
     console().print(checkpoint_table(bank))
     headers, rows = reliability_rows(bank)
     if rows:
-        table = Table(*headers, title="reliability: mean score: share that agrees, of tokens")
+        table = Table(*headers, title="reliability (mean score: share that agrees of tokens)")
         for row in rows:
             table.add_row(*row)
         console().print(table)
