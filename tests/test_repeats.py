@@ -161,7 +161,7 @@ def test_shapes_in_turn():
     """Other batches, prompts and caches between the calls of one kind."""
     model = tiny("rmsnorm-rope-gqa", layers=FEW)
     engine = TIDE(model, config=OFF)
-    for batch, length in ((1, 9), (3, 9), (1, 1)):
+    for batch, length in ((1, 9), (3, 9), (1, 1), (1, 9)):
         ids, mask = prompt(batch, length)
         want = model.generate(ids, attention_mask=mask, **LONG)
         assert torch.equal(engine.generate(ids, attention_mask=mask, **LONG), want)

@@ -10,8 +10,6 @@ from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, RouterFileError
 
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
-SINGLE = pytest.param(1, marks=pytest.mark.slow)
-KEEPING = [pytest.param("none", marks=pytest.mark.slow), "dynamic", "static"]  # without one: test_families.py
 
 
 def part(fast, *values):
@@ -19,6 +17,8 @@ def part(fast, *values):
     return pytest.param(*values, marks=() if fast else pytest.mark.slow)
 
 
+SINGLE = part(False, 1)
+KEEPING = [part(False, "none"), "dynamic", "static"]  # without one: test_families.py
 EXITS = [  # all of batch 4, one cache of batch 1, one case of zero_pad
     part(
         (batch == 4 or i % 3 == j) if strategy == "propagate" else (i, j, batch) == (0, 2, 4),
