@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, nargs="*", default=[], help="of the routers; default: all")
     parser.add_argument("--promise", type=float, nargs="*", default=[0.02, 0.05])
     parser.add_argument("--certify-prompts", type=int, default=1000)
+    parser.add_argument("--skip", type=int, default=0, help="texts behind those of calibration not to certify on")
     parser.add_argument("--prompts", type=int, default=128, help="to measure on")
     parser.add_argument("--tokens", type=int, default=64, help="generated after each prompt")
     parser.add_argument("--texts", type=int, default=32, help=f"of up to {TEXT_TOKENS} tokens, for the perplexity")
@@ -112,19 +113,19 @@ def main() -> None:
     bank = routers(args.routers / "router.safetensors", model, tokenizer, config, args)
     corpus = Corpus(f"{args.data}+self", model, tokenizer)
     seen = bank.metadata["config"]["calibration_samples"]
+    seen += 2 * args.skip  # half of the rows seen are texts
     of = "".join(f"-{layer}" for layer in args.checkpoints)
     if args.checkpoints:
-        path = args.routers / f"router{of}-before-{args.certify_prompts}.safetensors"
+        path = args.routers / f"router{of}-{args.skip}.safetensors"
         if not path.is_file():
-            prompts = corpus.prompts(SCREENED, seen + 2 * args.certify_prompts)  # half of the rows seen are texts
-            screened(bank, args.checkpoints, model, prompts, args.tokens).save(path)
+            screened(bank, args.checkpoints, model, corpus.prompts(SCREENED, seen), args.tokens).save(path)
         bank = RouterBank.load(path)
     promised = {}
     for bound in args.promise:
-        path = args.routers / f"promise-{bound}{of}.safetensors"
+        path = args.routers / f"promise-{bound}{of}-{args.skip}.safetensors"
         if not path.is_file():
             one = replace(bank, metadata=dict(bank.metadata))
-            prompts = corpus.prompts(args.certify_prompts, seen)
+            prompts = corpus.prompts(args.certify_prompts, seen + 2 * SCREENED)
             certify(model, one, prompts, bound, config=config, max_new_tokens=args.tokens)
             one.save(path)
         promised[bound] = RouterBank.load(path)
@@ -181,10 +182,11 @@ def document(
             f"--tokens {args.tokens} --texts {args.texts} --distillation-steps {args.distillation_steps}",
             f"--min-layers {args.min_layers} --checkpoint-interval {args.checkpoint_interval}",
             *([f"--checkpoints {' '.join(map(str, args.checkpoints))}"] if args.checkpoints else []),
+            *([f"--skip {args.skip}"] if args.skip else []),
         ]
     )
     chosen_on = (
-        "what the model writes after paragraphs behind those" if args.checkpoints else "held-out calibration tokens"
+        "what the model writes after paragraphs between the two" if args.checkpoints else "held-out calibration tokens"
     )
     promise_headers = ["promise", "prompts", "disagreement there", "layers saved there", f"on {names['test']}",
                        "layers saved", "kept"]  # fmt: skip
