@@ -5,7 +5,7 @@ import torch
 from tide_compile.kernels.probe import probe_features
 
 from tests.checks import check, threshold_between
-from tests.models import HIDDEN, LAYERS, SETTINGS, tiny
+from tests.models import FEW, HIDDEN, SETTINGS, tiny
 from tide_compile import RouterBank
 from tide_compile.collect import Gram
 from tide_compile.networks import ProbeRouter, Projection
@@ -15,7 +15,7 @@ from tide_compile.train import calibration_error, fit_probe, reliability, train_
 
 @pytest.fixture
 def bank():
-    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    bank = RouterBank.untrained(HIDDEN, FEW, bottleneck_dim=16)
     torch.manual_seed(0)
     for layer in bank.layers:
         parts = (torch.randn(8, HIDDEN) / 4, torch.randn(40, 8), torch.randn(40))
@@ -28,7 +28,7 @@ def bank():
 @pytest.mark.parametrize(("batch", "lowering"), [(1, "eager"), (3, "eager"), (1, "inductor")])
 def test_compiled_equals_the_reference(bank, batch, lowering, tmp_path):
     """Probe and low-rank projection, from a file. Catches a tensor in the wrong place of the op."""
-    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.load(bank.save(tmp_path / "r.safetensors"))
+    model, bank = tiny("rmsnorm-rope-gqa", layers=FEW), RouterBank.load(bank.save(tmp_path / "r.safetensors"))
     assert bank.exit_strategy == "low_rank"
     settings = {**SETTINGS, "lowering": lowering}
     threshold = threshold_between(model, bank, 0.5, "static", batch, **settings)

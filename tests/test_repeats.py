@@ -69,8 +69,8 @@ def adapted(model):
 
 
 CHANGES = [
-    replaced, replaced_data, loaded, assigned, hooked, hooked_at_the_top, other_dtype, other_module, other_attribute,
-    other_forward, adapted,
+    replaced, replaced_data, loaded, assigned, hooked_at_the_top, other_dtype, other_module, other_attribute, adapted,
+    *(pytest.param(change, marks=pytest.mark.slow) for change in (hooked, other_forward)),
 ]  # fmt: skip
 
 
