@@ -32,6 +32,20 @@ def test_a_bank_brings_its_own(model, bank, thresholds, layers, tmp_path):
     assert set(stats.exits_per_layer) == layers
 
 
+def test_checkpoints_of_the_calibration(bank):
+    """Routers are used where they were calibrated. Catches one that is left out because nobody repeats the interval."""
+
+    def places(**options):
+        settings = bank.settings(TIDEConfig(**options), torch.device("cpu"), torch.float32)
+        return settings.checkpoint_interval, settings.min_layers
+
+    assert places() == (4, 8)
+    bank.metadata["config"] = TIDEConfig(checkpoint_interval=2, min_layers=3).to_dict()
+    assert places() == (2, 3)
+    assert places(checkpoint_interval=1) == (1, 3)
+    assert places(checkpoint_interval=1, min_layers=8) == (1, 8)
+
+
 def test_a_threshold_that_is_given_wins(model, bank):
     bank.thresholds = {1: 0.0}
     assert exits(model, bank, exit_threshold=1.0).total_exited == 0

@@ -87,7 +87,7 @@ def calibrate(
         "calibration_samples": num_samples,
         "calibration_dataset": dataset if isinstance(dataset, str) else None,
     }
-    config = replace(config, **{n: v for n, v in changes.items() if v is not None})
+    config = replace(config, **{n: v for n, v in changes.items() if v is not None}).placed()
     if max_disagreement is not None:
         check_promise(max_disagreement, confidence, testing(num_prompts))
     source = config.calibration_dataset if dataset is None else dataset

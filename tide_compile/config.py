@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 
 from tide_compile.errors import ConfigError, UnknownOptionError
 from tide_compile.passes.plan import Settings
@@ -20,9 +21,9 @@ _CHOICES = {
 }
 _SHARES = ("convergence_threshold", "compaction_threshold", "exit_threshold")
 DEFAULT_THRESHOLD = 0.85
+_PLACES = {"min_layers": 8, "checkpoint_interval": 4}
 _POSITIVE = (
-    "min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim", "projection_rank",
-    "probe_rank", "probe_vocabulary",
+    *_PLACES, "calibration_samples", "router_bottleneck_dim", "projection_rank", "probe_rank", "probe_vocabulary",
 )  # fmt: skip
 
 
@@ -33,8 +34,9 @@ class TIDEConfig:
     Attributes:
         exit_threshold: a token leaves when its router score is strictly above this, 0..1. 1.0 turns TIDE off. None: the
             thresholds that the routers bring with them, and 0.85 for routers without any.
-        min_layers: no token leaves before it has passed this many layers.
-        checkpoint_interval: layers from one checkpoint to the next.
+        min_layers: no token leaves before it has passed this many layers. None: as the routers were calibrated, and 8
+            for routers that do not tell, or when calibrating.
+        checkpoint_interval: layers from one checkpoint to the next. None: likewise, and 4.
         exit_strategy: what an exited state goes through before the final norm: ``"identity"`` (nothing), ``"affine"``
             (a learned map per checkpoint), ``"low_rank"`` (the same, factored) or ``"auto"`` (affine when calibrating;
             what the routers were calibrated with when running).
@@ -65,8 +67,8 @@ class TIDEConfig:
     """
 
     exit_threshold: float | None = None
-    min_layers: int = 8
-    checkpoint_interval: int = 4
+    min_layers: int | None = None
+    checkpoint_interval: int | None = None
     exit_strategy: str = "auto"
     kv_cache_strategy: str = "auto"
     compaction: str = "auto"
@@ -93,6 +95,8 @@ class TIDEConfig:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a number from 0 to 1.")
         for name in _POSITIVE:
             value = getattr(self, name)
+            if value is None and name in _PLACES:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a whole number of at least 1.")
         if not isinstance(self.distillation_steps, int) or self.distillation_steps < 0:
@@ -121,12 +125,19 @@ class TIDEConfig:
                 )
         return replace(base or cls(), **options)
 
+    def placed(self, calibration: Mapping[str, object] = MappingProxyType({})) -> TIDEConfig:
+        """With numbers for ``min_layers`` and ``checkpoint_interval``: where this config leaves them open, those of a
+        ``calibration``, or the defaults."""
+        left_open = {name: default for name, default in _PLACES.items() if getattr(self, name) is None}
+        return replace(self, **{name: calibration.get(name) or default for name, default in left_open.items()})
+
     def settings(self, **routers: object) -> Settings:
         """What the passes need of this config; ``routers`` are the fields that a bank adds."""
+        placed = self.placed()
         compact = self.compaction != "never"
         strategy = "shortcut" if routers.get("shortcuts") else self.kv_cache_strategy
         strategy = "propagate" if strategy == "auto" else strategy
-        return Settings(self.checkpoint_interval, self.min_layers, strategy, compact=compact, **routers)
+        return Settings(placed.checkpoint_interval, placed.min_layers, strategy, compact=compact, **routers)
 
     @property
     def calibrates_shortcuts(self) -> bool:

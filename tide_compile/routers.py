@@ -172,6 +172,7 @@ class RouterBank:
                 "this bank holds no routers. Calibrate, or pass exit_threshold=1.0 to run without exits."
             )
         thresholds = self._thresholds(config)
+        config = config.placed(self.metadata.get("config", {}))
         if config.exit_threshold is None and self.thresholds:
             step = math.gcd(*(layer + 1 for layer in thresholds)) if thresholds else config.checkpoint_interval
             config = replace(config, checkpoint_interval=step, min_layers=1)
