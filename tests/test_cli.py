@@ -39,7 +39,7 @@ def router(tmp_path_factory):
     bank.thresholds = {0: 0.5, 1: 0.52}
     bank.metadata = {
         "table": [{"layer": 0, "top-1 agreement": 0.25}, {"layer": 1, "top-1 agreement": 0.5}],
-        "certificate": {"agreement": 0.97, "tokens": 4096},
+        "certificate": {"bound": 0.02, "trials": [{"disagreement": 0.0088, "layers saved": 0.064, "p": 0.0389}]},
         "reliability": {
             "0": [{"from": 0.8, "to": 0.9, "tokens": 7, "score": 0.853, "agreement": 0.831}],
             "1": [{"from": 0.9, "to": 1.0, "tokens": 9, "score": 0.95, "agreement": 0.96}],
@@ -114,12 +114,13 @@ def test_inspect_router(router):
         "identity",
         "│ threshold │ 0.5 │ 0.52 │",
         "│ top-1 agreement │ 0.250 │ 0.500 │",
-        "0.97",
+        "bound │ 0.02",
+        "0.88% disagree, 6.4% of the layers saved, p = 0.039",
         "0.853: 0.831 of 7",
     ):
         assert part in text
     found = record("inspect", router)
-    assert found["checkpoints"] == [0, 1] and found["certificate"]["tokens"] == 4096
+    assert found["checkpoints"] == [0, 1] and found["certificate"]["bound"] == 0.02
 
 
 def test_inspect_model(folder, deep, router, tmp_path):

@@ -240,7 +240,7 @@ def plan(
 def warmup(
     model: Model,
     router: Router = None,
-    dtype: Dtype = "bf16",
+    dtype: Dtype = "fp32",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     threshold: Threshold = None,
     json: Json = False,

@@ -67,7 +67,11 @@ def inspect_router(path: Path, as_json: bool) -> None:
         console().print(table)
     certificate = bank.metadata.get(PROMISE)
     if isinstance(certificate, dict):
-        console().print(_grid(certificate, title="certificate"))
+        trials = [
+            f"{t['disagreement']:.2%} disagree, {t['layers saved']:.1%} of the layers saved, p = {t['p']:.2g}"
+            for t in certificate["trials"]
+        ]
+        console().print(_grid({**certificate, "trials": "\n".join(trials)}, title="certificate"))
 
 
 def inspect_model(
