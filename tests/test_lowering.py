@@ -13,9 +13,10 @@ from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linear
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch.nn.functional import linear, scaled_dot_product_attention
+from transformers import StaticCache
 
 from tests.checks import assert_close
-from tests.models import FEW, GENERATE, prompt, tiny
+from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
 from tests.test_passes import capture
 from tide_compile import TIDE, RouterBank, TIDEConfig, record_times, tuning
 from tide_compile.inductor_code import compiling_together
@@ -203,6 +204,20 @@ def test_warmup_compiles_everything(caplog):
     ran = times.seconds
     assert "segment_1.compact" in ran and len(ran["executor"]) == len(ran["epilogue"]) == GENERATE["max_new_tokens"]
     assert all(s > 0 for seconds in ran.values() for s in seconds)
+
+
+def test_what_is_compiled_late_leaves_no_marks():
+    """A piece that is compiled when somebody leaves first, for sizes that are not constants, reads the caller's cache.
+    Catches marks on its tensors: guards see them, so everything would be compiled again, or ``generate`` be refused."""
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    options = {"router": RouterBank.untrained(HIDDEN, FEW), "exit_threshold": 0.0, **SETTINGS, "lowering": "inductor"}
+    compiled = torch.compile(model, backend="tide", dynamic=True, options=options)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        for length in (4, 1):
+            compiled(torch.ones(2, length, dtype=torch.long), past_key_values=cache)
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    assert not [t for t in tensors if hasattr(t, "_has_dynamo_dim_marking")]
 
 
 @torch._inductor.config.patch(compile_threads=2)

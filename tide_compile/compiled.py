@@ -21,6 +21,7 @@ log = logging.getLogger("tide_compile")
 Runnable = Callable[..., tuple]
 
 _PATCHES = {"cpp.enable_floating_point_contract_flag": "fast"}  # one instruction for a product and its sum
+_STATIC = "_dynamo_static_input_type"
 
 
 def compile_whole(gm: GraphModule, example_inputs: Sequence[object], mode: str | None) -> Runnable:
@@ -79,22 +80,30 @@ class Lazy:
             arguments = [arguments[i] for i in self._kept]
         if self._run is None:
             with self._lock:
-                self._run = self._run or self._compile(arguments)
+                self._run = self._run or self._compile()
+            arguments = [_marked(a, self._dynamic[i]) if i in self._dynamic else a for i, a in enumerate(arguments)]
         if self._rows is not None:
             torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
         return self._run(*arguments)
 
-    def _compile(self, arguments: Sequence[object]) -> Runnable:
+    def _compile(self) -> Runnable:
         started = time.perf_counter()
         if not self._guarded and self._rows is None:
             run = compile_piece(self._piece, self._patches)
         else:  # in a module of its own: Dynamo skips code that was generated while it compiled
             module = GraphModule(self._piece.graph, self._piece.graph.graph)
             run = torch.compile(module.forward, fullgraph=True, options=_PATCHES | self._patches)
-            for position, sizes in self._dynamic.items():
-                torch._dynamo.maybe_mark_dynamic(arguments[position], sizes)
         log.info("compiled a piece on its first run in %.1f s", time.perf_counter() - started)
         return run
+
+
+def _marked(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The same memory with dynamic sizes: on the caller's own tensor, such as one of its cache, guards see the mark."""
+    alias = tensor.detach()
+    if hasattr(tensor, _STATIC):
+        setattr(alias, _STATIC, getattr(tensor, _STATIC))
+    torch._dynamo.maybe_mark_dynamic(alias, sizes)
+    return alias
 
 
 def _read_sizes(gm: GraphModule) -> list[int]:
