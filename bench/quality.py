@@ -112,8 +112,7 @@ def main() -> None:
                         distillation_steps=args.distillation_steps)  # fmt: skip
     bank = routers(args.routers / "router.safetensors", model, tokenizer, config, args)
     corpus = Corpus(f"{args.data}+self", model, tokenizer)
-    seen = bank.metadata["config"]["calibration_samples"]
-    seen += 2 * args.skip  # half of the rows seen are texts
+    seen = bank.metadata["config"]["calibration_samples"] + 2 * args.skip  # rows: half of them are texts
     of = "".join(f"-{layer}" for layer in args.checkpoints)
     if args.checkpoints:
         path = args.routers / f"router{of}-{args.skip}.safetensors"

@@ -102,7 +102,9 @@ def test_shortcuts_are_asked_for_or_come_with_the_routers(model, bank, tmp_path)
         bank.settings(config, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize(("dtype", "batch"), [(torch.float32, 1), (torch.bfloat16, 4)])
+@pytest.mark.parametrize(("dtype", "batch"), [part(run, dtype, batch) for run, dtype, batch in (
+    (True, torch.float32, 1), (False, torch.float32, 4), (False, torch.bfloat16, 1), (True, torch.bfloat16, 4),
+)])  # fmt: skip
 def test_affine_projection(dtype, batch):
     """Catches a projection of the wrong rows, layer or dtype."""
     model = tiny("rmsnorm-rope-gqa", dtype)
