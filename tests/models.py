@@ -16,7 +16,8 @@ from transformers import (
     StaticCache,
 )
 
-from tide_compile.networks import Projection
+from tide_compile import RouterBank
+from tide_compile.networks import ProbeRouter, Projection
 
 VOCABULARY, HIDDEN, LAYERS, FEW = 128, 64, 4, 2  # few layers, where more would only take longer
 _WIDTHS = {"hidden_size": HIDDEN, "intermediate_size": 96, "num_attention_heads": 4}
@@ -59,6 +60,18 @@ def shortcuts(rank: int = 4) -> dict[int, Projection]:
         layer: Projection(**{n: torch.randn(s, generator=generator) / 4 for n, s in shapes.items()})
         for layer in range(1, LAYERS - 1)
     }
+
+
+def probing(layers: int = LAYERS) -> RouterBank:
+    """Routers that see how sure the model would be, and low-rank projections, all random."""
+    bank = RouterBank.untrained(HIDDEN, layers, bottleneck_dim=16)
+    torch.manual_seed(0)
+    for layer in bank.layers:
+        parts = (torch.randn(8, HIDDEN) / 4, torch.randn(40, 8), torch.randn(40))
+        bank.routers[layer] = ProbeRouter(HIDDEN, *parts, 16).requires_grad_(False)
+        eighth = torch.randn(HIDDEN, 8) / 8
+        bank.projections[layer] = Projection(eighth, torch.randn(HIDDEN), torch.randn(8, HIDDEN) / 8)
+    return bank
 
 
 def prompt(batch: int, length: int = 9, padding: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 from tide_compile.kernels.probe import probe_features
 
 from tests.checks import check, threshold_between
-from tests.models import FEW, HIDDEN, SETTINGS, tiny
+from tests.models import FEW, HIDDEN, SETTINGS, probing, tiny
 from tide_compile import RouterBank
 from tide_compile.collect import Gram
 from tide_compile.networks import ProbeRouter, Projection
@@ -15,17 +15,13 @@ from tide_compile.train import calibration_error, fit_probe, reliability, train_
 
 @pytest.fixture
 def bank():
-    bank = RouterBank.untrained(HIDDEN, FEW, bottleneck_dim=16)
-    torch.manual_seed(0)
-    for layer in bank.layers:
-        parts = (torch.randn(8, HIDDEN) / 4, torch.randn(40, 8), torch.randn(40))
-        bank.routers[layer] = ProbeRouter(HIDDEN, *parts, 16).requires_grad_(False)
-        eighth = torch.randn(HIDDEN, 8) / 8
-        bank.projections[layer] = Projection(eighth, torch.randn(HIDDEN), torch.randn(8, HIDDEN) / 8)
-    return bank
+    return probing(FEW)
 
 
-@pytest.mark.parametrize(("batch", "lowering"), [(1, "eager"), (3, "eager"), (1, "inductor")])
+@pytest.mark.parametrize(
+    ("batch", "lowering"),
+    [(1, "eager"), (3, "eager"), pytest.param(1, "inductor", marks=pytest.mark.slow)],
+)
 def test_compiled_equals_the_reference(bank, batch, lowering, tmp_path):
     """Probe and low-rank projection, from a file. Catches a tensor in the wrong place of the op."""
     model, bank = tiny("rmsnorm-rope-gqa", layers=FEW), RouterBank.load(bank.save(tmp_path / "r.safetensors"))

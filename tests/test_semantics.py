@@ -5,7 +5,7 @@ import torch
 
 import tide_compile
 from tests.checks import assert_close, check, check_each, threshold_between
-from tests.models import CACHES, CONFIGS, FEW, HIDDEN, LAYERS, logits_of, prompt, shortcuts, tiny
+from tests.models import CACHES, CONFIGS, FEW, HIDDEN, LAYERS, logits_of, probing, prompt, shortcuts, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, RouterFileError
 
@@ -142,15 +142,16 @@ def test_nan_never_exits():
     ],
 )
 def test_inductor_lowering(name, cache, batch, strategy):
-    """Catches what only compiled code gets wrong: aliasing, symbolic sizes, twins wired to the wrong weights."""
-    model = tiny(name)
-    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    """With all that a router file can hold. Catches what only compiled code gets wrong: aliasing, symbolic sizes, twins
+    wired to the wrong weights, a projection that Inductor fuses in another dtype than the reference's."""
+    model, bank = tiny(name), probing()
     bank.shortcuts = shortcuts()
     settings = {"kv_cache_strategy": strategy, **SETTINGS}
     threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
     assert check(model, bank, cache, batch, threshold, **settings).total_exited > 0
 
 
+@pytest.mark.slow
 def test_inductor_lowering_of_projections():
     """Catches a projection that Inductor fuses in another dtype than the reference's."""
     model = tiny("rmsnorm-rope-gqa", layers=FEW)

@@ -20,7 +20,10 @@ log = logging.getLogger("tide_compile")
 
 Runnable = Callable[..., tuple]
 
-_PATCHES = {"cpp.enable_floating_point_contract_flag": "fast"}  # one instruction for a product and its sum
+_PATCHES = {
+    "cpp.enable_floating_point_contract_flag": "fast",  # one instruction for a product and its sum
+    "size_asserts": False,  # of every input of every piece in every call; Dynamo's guards have seen the model's
+}
 _STATIC = "_dynamo_static_input_type"
 
 
