@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import operator
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from tide_compile.passes.fx_tools import (
     structure_key,
     value_of,
 )
+from tide_compile.passes.lower_linears import MOST_STREAMED
 from tide_compile.passes.mask_rows import with_running_rows
 from tide_compile.passes.plan import ACTIVE, HIDDEN, ROWS, Piece, Plan, Program
 from tide_compile.passes.retrace import retrace
@@ -43,9 +45,12 @@ def compact_rows(program: Program, plan: Plan) -> Program:
 
     Safe because a node is computed on some rows only by a rule that says what its operator does to rows
     (``row_rules``). A segment with an operator that has no such rule, or mixes rows in another way than attention (its
-    padding matters, see ``mask_rows``), gets no compact form, and that is logged.
+    padding matters, see ``mask_rows``), gets no compact form, and that is logged. With ``compaction="auto"`` none does
+    on a CPU for so few rows that products read weights at the speed of the memory (``lower_linears``): weights are read
+    whatever is left out, and products of a number of rows that only the run tells are slower.
     """
-    if plan.single_row or not plan.settings.compact:
+    wish = plan.settings.compaction
+    if plan.single_row or wish == "never" or (wish == "auto" and _streamed(plan.boundaries.entering_value)):
         return program
     pieces, done = dict(program.pieces), {}
     for segment in range(plan.num_segments):
@@ -67,6 +72,11 @@ def compact_rows(program: Program, plan: Plan) -> Program:
         names = (*piece.inputs, ROWS)
         pieces[f"segment_{segment}.compact"] = Piece(graph, tuple(names[i] for i in kept), piece.outputs)
     return Program(pieces, program.arguments, program.results, program.constants)
+
+
+def _streamed(hidden: torch.Tensor) -> bool:
+    rows = hidden.shape[:-1]
+    return hidden.device.type == "cpu" and all(isinstance(n, int) for n in rows) and math.prod(rows) <= MOST_STREAMED
 
 
 def axis_of(hidden: torch.Tensor) -> Axis:

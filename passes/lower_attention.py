@@ -10,10 +10,16 @@ import operator
 import torch
 from tide_compile.passes.fx_tools import replace_traced
 from torch import Tensor
+from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_TOGETHER = 8  # heads with a sum in one loop, at most: each has an accumulator
+_MOST_PARTS, _SHORTEST = 16, 32
+
+aten = torch.ops.aten
+_FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+_SAME = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default}
 
 
 class LowerAttention(CustomGraphPass):
@@ -38,7 +44,7 @@ class LowerAttention(CustomGraphPass):
             only_first = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
             if not one or not only_first or arguments.get("dropout") or arguments.get("causal"):
                 continue
-            tensors = [arguments["query"], arguments["key"], arguments["value"]]
+            tensors = [arguments["query"], *(_unrepeated(arguments[name]) for name in ("key", "value"))]
             mask, scale = arguments.get("attn_mask"), arguments.get("scale")
             inputs = [*tensors, mask] if mask is not None else tensors
             for user in list(node.users):
@@ -48,13 +54,46 @@ class LowerAttention(CustomGraphPass):
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None) -> Tensor:
     """softmax(q k^T + mask) v of q [B, heads, 1, D], k and v [B, heads or groups of them, L, D] and an additive mask,
-    [1, L] or [B, heads or 1, 1, L], in fp32; returned in the dtype of q."""
+    [1, L] or [B, heads or 1, 1, L], in fp32; returned in the dtype of q.
+
+    Heads that share keys have a sum each, which Inductor puts into one loop that reads every key once. Keys are split
+    into parts, the outermost loop, so that threads have equal shares and a part of the values stays in a fast cache.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if key.shape[1] != query.shape[1]:  # each key serves a group of queries
-        sizes = (-1, -1, query.shape[1] // key.shape[1], -1, -1)
+    per_key = query.shape[1] // key.shape[1]
+    together = max(n for n in range(1, _TOGETHER + 1) if per_key % n == 0)
+    if together < per_key:
+        sizes = (-1, -1, per_key // together, -1, -1)
         key, value = (x.unsqueeze(2).expand(sizes).flatten(1, 2) for x in (key, value))
-    scores = (query.float() * scale * key.float()).sum(-1)  # [B, heads, L]
+    parts = _parts(key.shape[2])
+    key, value = (x.float().unflatten(2, (parts, -1)).transpose(1, 2) for x in (key, value))  # [B, parts, groups, l, D]
+    # in memory: Inductor would compute it, rotation and all, for each key anew
+    rows = torch.ops._inductor_test.realize(query.float() * scale).unflatten(1, (-1, together)).unsqueeze(1)
+    scores = torch.stack([(row * key).sum(-1) for row in rows.unbind(3)])  # [together, B, parts, groups, l]
     if mask is not None:
-        scores = scores + mask.float()[..., 0, :]
-    weights = torch.softmax(scores, -1).unsqueeze(-1)
-    return (weights * value.float()).sum(2, keepdim=True).to(query.dtype)
+        mask = mask.float().expand(query.shape[0], query.shape[1], 1, -1).unflatten(3, (parts, -1))
+        scores = scores + mask.unflatten(1, (-1, together)).squeeze(3).permute(2, 0, 3, 1, 4)
+    weights = torch.exp(scores - scores.amax((2, 4), keepdim=True))
+    sums = torch.stack([(row.unsqueeze(-1) * value).sum(3) for row in weights.unbind()]).sum(2)
+    result = sums / weights.sum((2, 4)).unsqueeze(-1)  # [together, B, groups, D]
+    return result.permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(2).to(query.dtype)
+
+
+def _parts(length: int | torch.SymInt) -> int:
+    """How many parts of equal length: of at least ``_SHORTEST`` keys if there are several."""
+    if not isinstance(length, int):
+        return 1
+    return max(n for n in range(1, _MOST_PARTS + 1) if length % n == 0 and (n == 1 or length // n >= _SHORTEST))
+
+
+def _unrepeated(keys: Node) -> Node:
+    """The keys or values [B, groups, L, D] that ``keys`` [B, heads, L, D] repeats for groups of queries, or itself."""
+    node = keys
+    while node.target in _SAME:
+        node = node.args[0]
+    if node.target is not aten.expand.default or node.args[0].target is not aten.unsqueeze.default:
+        return keys
+    source, dim = node.args[0].args
+    batch, groups, repeated, length, size = node.meta["val"].shape
+    same = keys.meta["val"].shape == (batch, groups * repeated, length, size)
+    return source if dim == 2 and same else keys

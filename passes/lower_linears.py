@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 
 Form = Literal["aten", "stream"]
 
+MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 CHUNKS = 4  # of a weight that are read side by side: accumulators that do not wait for each other
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -43,7 +43,7 @@ class Settings:
     projections: dict[int, dict[str, torch.Tensor]] | None = None
     shortcuts: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     expected_layers: int | None = None
-    compact: bool = True  # whether segments get a compact form
+    compaction: Literal["auto", "always", "never"] = "auto"  # which segments get a compact form
 
     def constants(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of the checkpoint after ``layer`` by environment name."""

@@ -11,7 +11,7 @@ import tide_compile
 from bench.family_configs import build
 from tests.checks import assert_close, check, threshold_between
 from tests.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
-from tests.test_passes import capture, passes
+from tests.test_passes import capture, decode_graph, passes
 from tests.test_passes import settings as plan_settings
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.compaction import Compaction
@@ -151,6 +151,13 @@ def test_policy(model, monkeypatch):
     assert not decide(1e6, 1e12, overhead=1.0).compact
     assert decide(1e6, 1e12, overhead=1.0, compaction="always").compact
     assert not Compaction(program, plan, TIDEConfig(compaction="never")).possible
+
+
+@pytest.mark.parametrize(("batch", "wish", "compact"), [(4, "auto", False), (5, "auto", True), (4, "always", True)])
+def test_few_rows_are_masked(batch, wish, compact):
+    """Catches a decoding step that is compacted into products that are slower than those of all of its rows."""
+    program, _ = passes(decode_graph(batch), plan_settings((0,), compaction=wish))
+    assert ("segment_1.compact" in program.pieces) == compact
 
 
 def test_compaction_waits_for_the_threshold(model):

@@ -29,6 +29,7 @@ class Spy:
     """Counts the operators that the passes before it have left."""
 
     def __call__(self, graph):
+        graph.eliminate_dead_code()
         self.count = Counter(node.target for node in graph.nodes)
 
     def uuid(self):
@@ -155,11 +156,30 @@ def test_attention_of_one_query(masked, dtype):
     assert spy.count[FLASH] == 1
 
 
-def test_attention_of_one_query_with_grouped_keys():
-    """As a prompt of one token has it without a cache. Catches keys given to the wrong heads of queries."""
-    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
-    want = scaled_dot_product_attention(query, key, value, enable_gqa=True)
-    assert_close(attend_one(query, key, value, scale=None), want)
+@pytest.mark.parametrize(("heads", "groups", "length"), [(6, 2, 5), (9, 3, 96), (18, 1, 64), (4, 4, 127)])
+def test_attention_of_one_query_with_grouped_keys(heads, groups, length):
+    """Keys in one part or several, for few heads or more than one loop takes. Catches keys given to the wrong heads of
+    queries, and a mask to the wrong keys."""
+    query, key, value = (random(2, n, m, 8, seed=n) for n, m in ((heads, 1), (groups, length), (groups, length)))
+    mask = torch.where(random(2, heads, 1, length) > 0, 0.0, float("-inf"))
+    mask[..., 0] = 0
+    for chosen in (None, mask, mask[:, :1]):
+        want = scaled_dot_product_attention(query, key, value, attn_mask=chosen, enable_gqa=True)
+        assert_close(attend_one(query, key, value, chosen, scale=None), want)
+
+
+@torch.no_grad()
+def test_keys_are_not_repeated():
+    """As transformers repeats them for groups of queries. Catches loops that read every key once for each query."""
+    query, key, value = (random(2, n, m, 16, seed=n) for n, m in ((6, 1), (2, 64), (2, 64)))
+
+    def function(query, key, value):
+        repeated = (x[:, :, None].expand(2, 2, 3, 64, 16).reshape(2, 6, 64, 16) for x in (key, value))
+        return scaled_dot_product_attention(query, *repeated)
+
+    run, spy = compiled_with(function, LowerAttention())
+    assert_close(run(query, key, value), function(query, key, value))
+    assert not spy.count[FLASH] and not spy.count[aten.expand.default]
 
 
 @pytest.mark.parametrize("outs", [(1,), (7,), (50257,), (3, 5, 1)])

@@ -5,7 +5,7 @@ import torch
 from tide_compile.kernels.probe import probe_features
 
 from tests.checks import check, threshold_between
-from tests.models import FEW, HIDDEN, SETTINGS, probing, tiny
+from tests.models import FEW, SETTINGS, probing, tiny
 from tide_compile import RouterBank
 from tide_compile.collect import Gram
 from tide_compile.networks import ProbeRouter, Projection

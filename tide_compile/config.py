@@ -134,10 +134,9 @@ class TIDEConfig:
     def settings(self, **routers: object) -> Settings:
         """What the passes need of this config; ``routers`` are the fields that a bank adds."""
         placed = self.placed()
-        compact = self.compaction != "never"
         strategy = "shortcut" if routers.get("shortcuts") else self.kv_cache_strategy
         strategy = "propagate" if strategy == "auto" else strategy
-        return Settings(placed.checkpoint_interval, placed.min_layers, strategy, compact=compact, **routers)
+        return Settings(placed.checkpoint_interval, placed.min_layers, strategy, compaction=self.compaction, **routers)
 
     @property
     def calibrates_shortcuts(self) -> bool:

@@ -18,11 +18,10 @@ from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name, measured
 from tide_compile.files import cache_folder, write_text
 from tide_compile.passes.cost import Device
-from tide_compile.passes.lower_linears import CHUNKS, Form, Linears, stream
+from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, Form, Linears, stream
 
 log = logging.getLogger("tide_compile")
 
-_MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
 _ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
@@ -35,7 +34,7 @@ def fastest_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
     Results are kept in ``linears.json`` in the cache folder, by processor, threads and torch version.
     """
     known = _load().get(_machine(), {})
-    few = [linears for linears in sorted(found, key=str) if linears.rows <= _MOST_STREAMED]
+    few = [linears for linears in sorted(found, key=str) if linears.rows <= MOST_STREAMED]
     missing = [linears for linears in few if str(linears) not in known]
     for linears in missing:
         seconds = _seconds(_candidates(linears), linears)
