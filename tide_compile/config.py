@@ -45,7 +45,7 @@ class TIDEConfig:
             the reference) or ``"auto"`` (shortcuts when calibrating; when running, those of the routers, or, if they
             have none, ``"propagate"``).
         compaction: whether segments leave out rows that have exited: ``"auto"`` (where the cost model says that it
-            pays), ``"always"`` or ``"never"`` (they are masked).
+            pays, and on a CPU in no step of up to four rows), ``"always"`` or ``"never"`` (they are masked).
         compaction_threshold: share of active rows that must have left since the last decision before the next.
         calibration_samples: number of texts read by ``calibrate``.
         calibration_dataset: a data set name, a local text or jsonl file, or ``"pydoc"``.
