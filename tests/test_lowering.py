@@ -18,7 +18,7 @@ from transformers import StaticCache
 from tests.checks import assert_close
 from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
 from tests.test_passes import capture
-from tide_compile import TIDE, RouterBank, TIDEConfig, record_times, tuning
+from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, record_times, tuning
 from tide_compile.inductor_code import compiling_together
 
 aten = torch.ops.aten
@@ -210,15 +210,21 @@ def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
 
 
 def test_warmup_compiles_everything(caplog):
-    """Catches a piece that is compiled while a user waits: after warmup neither Dynamo nor a piece has to be."""
-    ids, mask = prompt(2, padding=0)
+    """Catches a piece that is compiled while a user waits: after warmup neither Dynamo nor a piece has to be. And what
+    only compiled code gets wrong when rows are left out: the text and the exits are the eager reference's."""
+    ids, mask = prompt(4, padding=0)
     model = tiny("rmsnorm-rope-gqa", layers=FEW)
     bank = RouterBank.synthetic(model, ids, {0: 0.5})
-    engine = TIDE(model, bank, TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always"))
-    assert engine.warmup(batch_size=2) > 0
+    config = TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always")
+    engine = TIDE(model, bank, config)
+    assert engine.warmup(batch_size=4) > 0
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with caplog.at_level(logging.INFO, "tide_compile"), record_times() as times:
-        engine.generate(ids, attention_mask=mask, **GENERATE)
+        text = engine.generate(ids, attention_mask=mask, **GENERATE)
+    with eager_reference(model, bank, config) as reference:
+        assert torch.equal(text, model.generate(ids, attention_mask=mask, **GENERATE, cache_implementation="static"))
+    left = torch.cat([layers.flatten() for layers in reference.exit_layers])
+    assert engine.last_stats.exits_per_layer == {0: int((left == 0).sum())}
     assert not [r for r in caplog.messages if "compiled" in r]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     ran = times.seconds
