@@ -9,13 +9,13 @@ import operator
 
 import torch
 from tide_compile.passes.fx_tools import replace_traced
+from tide_compile.passes.lower_linears import in_memory
 from torch import Tensor
-from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
 _TOGETHER = 8  # heads with a sum in one loop, at most: each has an accumulator
-_MOST_PARTS, _SHORTEST = 16, 32
+_MOST_PARTS, _SHORTEST = 16, 32  # parts that keys are split into, and keys of a part: enough for a loop to be worth it
 
 aten = torch.ops.aten
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -67,8 +67,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
         key, value = (x.unsqueeze(2).expand(sizes).flatten(1, 2) for x in (key, value))
     parts = _parts(key.shape[2])
     key, value = (x.float().unflatten(2, (parts, -1)).transpose(1, 2) for x in (key, value))  # [B, parts, groups, l, D]
-    # in memory: Inductor would compute it, rotation and all, for each key anew
-    rows = torch.ops._inductor_test.realize(query.float() * scale).unflatten(1, (-1, together)).unsqueeze(1)
+    rows = in_memory(query.float() * scale).unflatten(1, (-1, together)).unsqueeze(1)
     scores = torch.stack([(row * key).sum(-1) for row in rows.unbind(3)])  # [together, B, parts, groups, l]
     if mask is not None:
         mask = mask.float().expand(query.shape[0], query.shape[1], 1, -1).unflatten(3, (parts, -1))

@@ -141,9 +141,14 @@ def _realized(graph: Graph, x: Node, shape: tuple[int, int]) -> Node:
     after = graph.find_nodes(op="placeholder")[-1] if origin.op == "placeholder" else origin
 
     def wide(value: Tensor) -> Tensor:
-        return torch.ops._inductor_test.realize(value.float()).view(shape)
+        return in_memory(value.float()).view(shape)
 
     return insert_traced(graph, after, [origin], wide)
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """``x``, which Inductor would else compute anew in every loop that reads it."""
+    return torch.ops._inductor_test.realize(x)
 
 
 def _origin(x: Node) -> Node:
