@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,9 @@ os.environ["TIDE_AUTOTUNE"] = "0"  # before the kernels are imported: tests run 
 import pytest
 import setuptools  # noqa: F401  (before anything imports the distutils of the standard library: Inductor fails then)
 import torch
+
+# pytest listens to loggers that hand nothing on, and torch would print every graph for it
+logging.getLogger("torch.__trace").propagate = True
 
 from tests.models import HIDDEN, LAYERS, tiny
 from tide_compile import RouterBank

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tide_compile
+from bench.models import truncated
 from tests.checks import assert_close, check, threshold_between
 from tests.models import CACHES, logits_of
 from tide_compile import TIDE, RouterBank, TIDEConfig
@@ -49,13 +50,15 @@ def test_equals_the_reference(smollm2, bank, cache, batch, exits, strategy):
             assert_close(ours, theirs)
 
 
-def test_text(smollm2, bank):
+@pytest.mark.parametrize("depth", [12, pytest.param(30, marks=pytest.mark.slow)])
+def test_text(smollm2, depth):
     """Compiled by Inductor, with a chat template. Some tokens leave early: the eager reference's text. None does: the
     stock model's, to the letter."""
     model, tokenizer = smollm2
+    model, bank = truncated(model, depth), RouterBank.untrained(576, depth)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    settings = {"min_layers": 20, "checkpoint_interval": 5}
+    settings = {"min_layers": 2 * depth // 3, "checkpoint_interval": depth // 6}
 
     def reference(threshold):
         config = TIDEConfig(exit_threshold=threshold, **settings)
@@ -69,7 +72,7 @@ def test_text(smollm2, bank):
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=threshold, **settings))
     assert torch.equal(engine.generate(**inputs, **GENERATE), want)
     layers = torch.cat([e.flatten() for e in run.exit_layers])
-    exits = {layer: int((layers == layer).sum()) for layer in (19, 24)}
+    exits = {layer: int((layers == layer).sum()) for layer in (2 * depth // 3 - 1, 5 * depth // 6 - 1)}
     assert sum(exits.values()) > 0
     assert engine.last_stats.exits_per_layer == {layer: n for layer, n in exits.items() if n}
     with tide_compile.exit_threshold(1.0):

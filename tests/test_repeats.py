@@ -104,7 +104,16 @@ def test_a_change_between_calls_counts(change):
     want = logits(model)
     assert not torch.equal(want, before.to(want.dtype))
     assert_close(logits(engine), want)
+
+
+@pytest.mark.parametrize("change", [other_dtype, hooked_at_the_top], ids=lambda change: change.__name__)
+def test_a_change_counts_where_the_engine_is_called(change):
+    """Catches code that was compiled before it, in a call that is no ``generate``."""
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    engine = TIDE(model, config=OFF)
     ids, mask = prompt(2)
+    engine(ids, mask)
+    change(model)
     with torch.no_grad():
         got, want = engine(ids, mask), model(ids, attention_mask=mask).logits
     assert got.dtype == want.dtype
