@@ -12,11 +12,11 @@ import pytest
 import setuptools  # noqa: F401  (before anything imports the distutils of the standard library: Inductor fails then)
 import torch
 
-# pytest listens to loggers that hand nothing on, and torch would print every graph for it
-logging.getLogger("torch.__trace").propagate = True
-
 from tests.models import HIDDEN, LAYERS, tiny
 from tide_compile import RouterBank
+
+# pytest listens to loggers that hand nothing on, and torch would print every graph for it
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)

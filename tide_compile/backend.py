@@ -9,20 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.fx import GraphModule
 
-from tide_compile import generate_guard
+from tide_compile import generate_guard, headstart
 from tide_compile.compaction import Compaction
 from tide_compile.compiled import compile_whole
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError, TideError
 from tide_compile.executor import Executor
 from tide_compile.lowering import lower
-from tide_compile.passes.plan import Settings
 from tide_compile.passes.run import run
-from tide_compile.registry import find_bank, version_of
+from tide_compile.registry import settings_of, version_of
 from tide_compile.watch import Watch
 
 log = logging.getLogger("tide_compile")
 generate_guard.install()
+headstart.begin()  # this module is imported when torch.compile looks its backend up, before anything is traced
 
 
 def tide_backend(
@@ -72,12 +72,3 @@ def tide_backend(
     version = functools.partial(version_of, router)
     policy = Compaction(program, plan, config)
     return Executor(program, plan, runnables, policy, example_inputs, settings_for, version)
-
-
-def settings_of(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
-    """The settings for a graph with these inputs: the config, and the routers of the model that they belong to."""
-    if config.exit_threshold == 1:
-        return config.settings()
-    parameters = [x for x in example_inputs if isinstance(x, torch.nn.Parameter)]
-    floating = next(p for p in parameters if p.is_floating_point())
-    return find_bank(router, parameters).settings(config, floating.device, floating.dtype)

@@ -20,7 +20,7 @@ log = logging.getLogger("tide_compile")
 
 Runnable = Callable[..., tuple]
 
-_PATCHES = {
+PATCHES = {
     "cpp.enable_floating_point_contract_flag": "fast",  # one instruction for a product and its sum
     "size_asserts": False,  # of every input of every piece in every call; Dynamo's guards have seen the model's
 }
@@ -45,7 +45,7 @@ def compile_graph(gm: GraphModule, inputs: Sequence[object], patches: dict[str, 
     """A graph compiled by Inductor for these fake inputs."""
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
     with tracing(TracingContext(mode)):  # Dynamo has put a fresh fake mode in its own; the graph's values have theirs
-        return compile_fx(gm, list(inputs), config_patches=_PATCHES | (patches or {}))
+        return compile_fx(gm, list(inputs), config_patches=PATCHES | (patches or {}))
 
 
 def _hand_on_static_addresses(gm: GraphModule) -> None:
@@ -95,7 +95,7 @@ class Lazy:
             run = compile_piece(self._piece, self._patches)
         else:  # in a module of its own: Dynamo skips code that was generated while it compiled
             module = GraphModule(self._piece.graph, self._piece.graph.graph)
-            run = torch.compile(module.forward, fullgraph=True, options=_PATCHES | self._patches)
+            run = torch.compile(module.forward, fullgraph=True, options=PATCHES | self._patches)
         log.info("compiled a piece on its first run in %.1f s", time.perf_counter() - started)
         return run
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule
 
-from tide_compile.backend import settings_of
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import NoRouterError, TideError
 from tide_compile.files import write_text
@@ -19,6 +18,7 @@ from tide_compile.graph_report import GraphReport
 from tide_compile.passes.plan import Settings
 from tide_compile.passes.run import PassEvent, run
 from tide_compile.plan_page import plan_page
+from tide_compile.registry import settings_of
 from tide_compile.routers import RouterBank
 from tide_compile.watch import Watch
 

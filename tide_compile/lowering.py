@@ -51,7 +51,7 @@ def lower(
     started = time.perf_counter()
     keys = {name: structure_key(piece.graph) for name, piece in program.pieces.items()}  # compiling changes graphs
     with nullcontext() if _uses_gpu(program) else compiling_together():
-        for name, piece in program.pieces.items():
+        for name, piece in sorted(program.pieces.items(), key=_size, reverse=True):  # compilers have most to do first
             key = keys[name]
             if key not in compiled:
                 patch = (plain if name.endswith(".compact") else patches) | _linears(piece, forms)
@@ -87,6 +87,10 @@ def _telling(name: str, run: Runnable, files: list[str], compiled_to: Callable[[
         return result
 
     return first
+
+
+def _size(named: tuple[str, Piece]) -> int:
+    return len(named[1].graph.graph.nodes)
 
 
 def _uses_gpu(program: Program) -> bool:

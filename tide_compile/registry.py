@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tide_compile.config import TIDEConfig
 from tide_compile.errors import ConfigError, NoRouterError, RouterMismatchError
 from tide_compile.files import router_cache
 from tide_compile.fingerprint import fingerprint
+from tide_compile.passes.plan import Settings
 from tide_compile.routers import RouterBank
 
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -70,6 +72,15 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
         "this model has no routers. Make them once with tide_compile.calibrate(model, tokenizer), or pass "
         f"options={{'router': path}}, or exit_threshold=1.0 to run without exits. (Looked for {cached}.)"
     )
+
+
+def settings_of(config: TIDEConfig, router: object, example_inputs: Sequence[object]) -> Settings:
+    """The settings for a graph with these inputs: the config, and the routers of the model that they belong to."""
+    if config.exit_threshold == 1:
+        return config.settings()
+    parameters = [x for x in example_inputs if isinstance(x, nn.Parameter)]
+    floating = next(p for p in parameters if p.is_floating_point())
+    return find_bank(router, parameters).settings(config, floating.device, floating.dtype)
 
 
 def version_of(router: str | Path | RouterBank | None) -> object:
