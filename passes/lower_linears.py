@@ -21,10 +21,12 @@ from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-Form = Literal["aten", "stream"]
+Form = Literal["aten", "stream", "swapped"]
 
 MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 CHUNKS = 4  # of a weight that are read side by side: accumulators that do not wait for each other
+MANY = 256  # rows that stand for any larger number of them, and for one that only the run tells
+_TEMPORARY = 1 << 24  # bytes of a weight that are there in fp32 at a time
 
 aten, prims = torch.ops.aten, torch.ops.prims
 _OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Inductor's cache does not look into an op
@@ -32,7 +34,8 @@ _OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Indu
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """x [rows, ins] in ``dtype`` times transposes of weights [out, ins], kept in ``stored``, for each of ``outs``."""
+    """x [rows, ins] in ``dtype`` times transposes of weights [out, ins], kept in ``stored``, for each of ``outs``.
+    ``rows``: see ``rows_like``."""
 
     rows: int
     outs: tuple[int, ...]
@@ -46,17 +49,27 @@ class Linears:
         return f"[{self.rows}, {self.ins}] x [{outs}, {self.ins}] {self.dtype}{kept}".replace("torch.", "")
 
 
+def rows_like(rows: int | torch.SymInt) -> int:
+    """Rows that are measured in the place of so many: more than ``MOST_STREAMED`` are rounded up to a power of two."""
+    if not isinstance(rows, int):
+        return MANY
+    return rows if rows <= MOST_STREAMED else min(MANY, 1 << (rows - 1).bit_length())
+
+
 def find_linears(graph: Graph) -> set[Linears]:
-    """The products on a CPU in a Dynamo graph whose sizes are constants."""
+    """The products on a CPU in a Dynamo graph."""
     outs: dict[tuple[Node, torch.dtype], list[int]] = defaultdict(list)
+    ins: dict[Node, int] = {}
     for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
         x, weight = (value_of(n) for n in node.args[:2])
-        if x.device.type == "cpu" and all(isinstance(size, int) for size in (*x.shape, *weight.shape)):
+        if x.device.type == "cpu" and all(isinstance(size, int) for size in weight.shape):
             outs[_undropped(node.args[0]), _stored(weight)].append(weight.shape[0])
+            ins[_undropped(node.args[0])] = weight.shape[1]
     found = set()
     for (node, stored), sizes in outs.items():
         x = value_of(node)
-        found.add(Linears(math.prod(x.shape[:-1]), tuple(sorted(sizes)), x.shape[-1], x.dtype, stored))
+        rows = rows_like(math.prod(x.shape[:-1]))
+        found.add(Linears(rows, tuple(sorted(sizes)), ins[node], x.dtype, stored))
     return found
 
 
@@ -87,6 +100,19 @@ def stream(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None, dtype
     return result if bias is None else result + bias
 
 
+def swapped(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x [M, K] times the transpose of a weight [N, K], as the transpose of the product of the weight with that of x.
+
+    Libraries copy the second factor into an order of their own before they multiply, and here that is the smaller one.
+    Products are in fp32, for which a weight in less is converted part by part: processors without instructions for
+    products in bf16 or fp16 take several times as long for those. The result is in ``dtype`` or that of ``x``.
+    """
+    parts = [weight] if weight.dtype == torch.float32 else weight.split(max(1, _TEMPORARY // (4 * weight.shape[1])))
+    columns = [torch.mm(part.float(), x.float().t()) for part in parts]
+    result = (columns[0] if len(columns) == 1 else torch.cat(columns)).t().to(dtype or x.dtype)
+    return result if bias is None else result + bias
+
+
 def part_size(outs: Sequence[int]) -> int:
     """Rows of a part, so that all products with one ``x`` have about ``CHUNKS`` parts together: if possible a number
     that divides all their weights."""
@@ -96,20 +122,20 @@ def part_size(outs: Sequence[int]) -> int:
 
 
 class LowerLinears(CustomGraphPass):
-    """Rewrite products that are listed as ``"stream"``; the others stay as they are.
+    """Rewrite products in the forms that are listed for them; the others stay as they are.
 
     Before: ``mm(x, permute(w))``, with ``w`` an input of the graph, maybe converted to the dtype of ``x``. After: sums
-    of elementwise products, see ``stream``.
+    of elementwise products, see ``stream``, or the product of the transposes, see ``swapped``.
 
-    Safe because both compute the same sums of products; weights are neither copied nor reordered.
+    Safe because all compute the same sums of products; weights are neither kept in a copy nor reordered.
     """
 
     def __init__(self, forms: Mapping[Linears, Form]) -> None:
-        self.streamed = {linears for linears, form in forms.items() if form == "stream"}
+        self.forms = {linears: form for linears, form in forms.items() if form != "aten"}
 
     def uuid(self) -> object:
         """What Inductor's caches tell code made with this pass by."""
-        return get_hash_for_files((__file__, *_OPS)), sorted(map(str, self.streamed))
+        return get_hash_for_files((__file__, *_OPS)), sorted((str(n), form) for n, form in self.forms.items())
 
     def __call__(self, graph: Graph) -> None:
         by_input: dict[tuple[Node, torch.dtype], list[Node]] = defaultdict(list)
@@ -117,18 +143,22 @@ class LowerLinears(CustomGraphPass):
             for node in graph.find_nodes(op="call_function", target=target):
                 *_, x, transposed = node.args
                 weight = _weight_of(transposed)
-                if weight is not None and not node.kwargs and isinstance(_value(x).shape[0], int):
+                if weight is not None and not node.kwargs:
                     by_input[_origin(x), _value(weight).dtype].append(node)
         for (_, stored), products in by_input.items():
             x, outs = products[0].args[-2], sorted(_value(node).shape[1] for node in products)
             (rows, ins), dtype = _value(x).shape, _value(x).dtype
-            if Linears(rows, tuple(outs), ins, dtype, stored) not in self.streamed:
+            form = self.forms.get(Linears(rows_like(rows), tuple(outs), ins, dtype, stored))
+            if form == "stream":
+                x = _realized(graph, x, (rows, ins))
+                written = functools.partial(_streamed, size=part_size(outs), dtype=dtype)
+            elif form == "swapped":
+                written = functools.partial(swapped, dtype=dtype)
+            else:
                 continue
-            size, shared = part_size(outs), _realized(graph, products[0].args[-2], (rows, ins))
             for node in products:
                 *bias, _, transposed = node.args
-                inputs = [shared, _weight_of(transposed), *bias]
-                replace_traced(graph, node, inputs, functools.partial(_streamed, size=size, dtype=dtype))
+                replace_traced(graph, node, [x, _weight_of(transposed), *bias], written)
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: int, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,34 +19,37 @@ from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name, measured
 from tide_compile.files import cache_folder, write_text
 from tide_compile.passes.cost import Device
-from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, Form, Linears, stream
+from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, Form, Linears, stream, swapped
 
 log = logging.getLogger("tide_compile")
 
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
 _ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
+_OPERATIONS = 5e8  # of one product that is measured, at most
+_FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
 
 def fastest_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
-    """The fastest form of products of few rows on this machine's CPU, measured in some 0.3 s unless it is known.
+    """The fastest form of products on this machine's CPU, measured in some 0.3 s each unless it is known.
 
     Results are kept in ``linears.json`` in the cache folder, by processor, threads and torch version.
     """
     known = _load().get(_machine(), {})
-    few = [linears for linears in sorted(found, key=str) if linears.rows <= MOST_STREAMED]
-    missing = [linears for linears in few if str(linears) not in known]
+    found = sorted(found, key=str)
+    missing = [linears for linears in found if str(linears) not in known]
     for linears in missing:
         seconds = _seconds(_candidates(linears), linears)
-        known[str(linears)] = "stream" if seconds["stream"] < seconds["aten"] + _CALL * len(linears.outs) else "aten"
+        calls = {form: 0.0 if form == "stream" else _CALL * len(linears.outs) for form in seconds}
+        known[str(linears)] = min(seconds, key=lambda form: seconds[form] + calls[form])
         log.info("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if missing:
         try:
             write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
         except OSError as error:
             log.warning("what was measured is not kept for the next process: %s", error)
-    return {linears: known[str(linears)] for linears in few}
+    return {linears: known[str(linears)] for linears in found}
 
 
 @functools.cache
@@ -62,13 +66,22 @@ def measured_decoding(dtype: torch.dtype) -> Device:
 def _candidates(linears: Linears) -> dict[Form, Callable[[Tensor, Tensor], object]]:
     total = sum(linears.outs)
 
-    def one_by_one(x: Tensor, weight: Tensor) -> None:
+    def one_by_one(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> None:
         """Parts of ``weight`` [N, ins] in the proportions of ``outs``, as if each were a weight of its own."""
         ends = [sum(linears.outs[: i + 1]) * len(weight) // total for i in range(len(linears.outs))]
         for start, end in zip([0, *ends], ends, strict=False):
-            torch.nn.functional.linear(x, weight[start:end].to(x.dtype))
+            product(x, weight[start:end]).contiguous()  # as whatever reads the result may want it
 
-    return {"aten": one_by_one, "stream": _streamed(linears.rows, linears.dtype, linears.stored)}
+    forms: dict[Form, Callable[[Tensor, Tensor], object]] = {"aten": functools.partial(one_by_one, _aten)}
+    if linears.rows > 1:
+        forms["swapped"] = functools.partial(one_by_one, swapped)
+    if linears.rows <= MOST_STREAMED:
+        forms["stream"] = _streamed(linears.rows, linears.dtype, linears.stored)
+    return forms
+
+
+def _aten(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight.to(x.dtype))
 
 
 @functools.cache
@@ -91,16 +104,24 @@ def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linears: 
     """Of each product, the least of some rounds in which they take turns, because whatever else the machine does adds.
     Of very large weights a part will do."""
     total, per_row = sum(linears.outs), linears.ins * linears.stored.itemsize
-    outs = min(total, _WORKING_SET // (2 * per_row)) // _PARTS * _PARTS or _PARTS
+    most = min(_WORKING_SET / (2 * per_row), _OPERATIONS / (2 * linears.rows * linears.ins))
+    outs = min(total, int(most)) // _PARTS * _PARTS or _PARTS
     count = max(2, min(256, _WORKING_SET // (outs * per_row)))
+    if linears.rows > MOST_STREAMED:
+        count = max(2, count // linears.rows)  # the time is that of multiplying
     x = torch.ones(linears.rows, linears.ins, dtype=linears.dtype)
     weights = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     for product in products.values():
         product(x, weights[0])
-    rounds: list[dict[Form, float]] = []
-    while len(rounds) < _ROUNDS or sum(sum(r.values()) for r in rounds) * count < _LEAST:
-        rounds.append({form: _once(p, x, weights) / count for form, p in products.items()})
-    return {form: min(r[form] for r in rounds) * total / outs for form in products}
+    least = dict.fromkeys(products, math.inf)
+    rounds, spent = 0, 0.0
+    while rounds < _ROUNDS or spent < _LEAST:
+        for form, product in products.items():
+            if not rounds or least[form] < _FAR * min(least.values()):
+                seconds = _once(product, x, weights)
+                least[form], spent = min(least[form], seconds / count), spent + seconds
+        rounds += 1
+    return {form: seconds * total / outs for form, seconds in least.items()}
 
 
 def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
