@@ -149,15 +149,16 @@ class LowerLinears(CustomGraphPass):
             x, outs = products[0].args[-2], sorted(_value(node).shape[1] for node in products)
             (rows, ins), dtype = _value(x).shape, _value(x).dtype
             form = self.forms.get(Linears(rows_like(rows), tuple(outs), ins, dtype, stored))
-            if form == "stream":
-                x = _realized(graph, x, (rows, ins))
-                written = functools.partial(_streamed, size=part_size(outs), dtype=dtype)
-            elif form == "swapped":
-                written = functools.partial(swapped, dtype=dtype)
-            else:
+            if form is None:
                 continue
+            if form == "stream":
+                shared = _realized(graph, x, (rows, ins))
             for node in products:
-                *bias, _, transposed = node.args
+                *bias, x, transposed = node.args
+                if form == "stream":
+                    x, written = shared, functools.partial(_streamed, size=part_size(outs), dtype=dtype)
+                else:
+                    written = functools.partial(swapped, dtype=dtype)
                 replace_traced(graph, node, [x, _weight_of(transposed), *bias], written)
 
 

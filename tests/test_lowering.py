@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
-from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size
+from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size, rows_like
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -29,6 +29,7 @@ class Spy:
     """Counts the operators that the passes before it have left, and those of them that something uses."""
 
     def __call__(self, graph):
+        self.graph = graph
         self.count = Counter(node.target for node in graph.nodes)
         graph.eliminate_dead_code()
         self.used = Counter(node.target for node in graph.nodes)
@@ -68,6 +69,35 @@ def test_streamed(rows, dtype):
     assert spy.count[aten.mm.default] == 2 and not spy.count[aten.addmm.default]
     assert spy.count[aten.sum.dim_IntList] == rows * (3 + 1 + 1)  # parts of 16 rows: all in one loop
     assert spy.count[torch.ops._inductor_test.realize.default] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped(dtype, monkeypatch):
+    """Rows of a number that only the run tells, beside a product that stays. Catches a result in the order of the
+    weight, products in less than fp32, a lost bias, weights that are converted at once, and rows that are guarded."""
+    monkeypatch.setattr("tide_compile.passes.lower_linears._TEMPORARY", 4 * 48 * 20)  # 20 rows of a weight
+    x, q, k, other = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(2, 7, 48), (48, 48), (16, 48), (24, 48)]))
+    bias = random(16, dtype=dtype)
+
+    def function(x):
+        return linear(x, k, bias), linear(x, q), linear(x.cos(), other)
+
+    run, spy = compiled_with(function, LowerLinears({Linears(256, (16, 48), 48, dtype, dtype): "swapped"}))
+    for length in (7, 9):
+        given = x[:, :length] if length == 7 else random(2, 9, 48, dtype=dtype)
+        torch._dynamo.mark_dynamic(given, 1)
+        with torch._dynamo.config.patch(error_on_recompile=length != 7):
+            results = run(given)
+        for got, want in zip(results, function(given), strict=True):
+            assert_close(got, want)
+    assert spy.count[aten.mm.default] == (3 if dtype == torch.float32 else 5) and not spy.count[aten.addmm.default]
+    products = {n.args[0].meta["val"].dtype for n in spy.graph.find_nodes(op="call_function", target=aten.mm.default)}
+    assert products == {torch.float32, dtype}
+
+
+def test_rows_that_are_measured_for_others():
+    assert [rows_like(n) for n in (1, 4, 5, 8, 9, 64, 65, 300, 5000)] == [1, 4, 8, 8, 16, 64, 128, 256, 256]
 
 
 @torch.no_grad()
@@ -186,8 +216,9 @@ def test_keys_are_not_repeated():
 @pytest.mark.parametrize("outs", [(1,), (7,), (50257,), (3, 5, 1)])
 def test_weights_of_any_size_are_measured(outs):
     """Catches sizes that the parts of the measured loop do not divide."""
-    product = Linears(1, outs, 16, torch.float32, torch.float32)
-    assert tuning.fastest_forms({product})[product] in ("aten", "stream")
+    few, many = (Linears(rows, outs, 16, torch.bfloat16, torch.bfloat16) for rows in (2, 64))
+    forms = tuning.fastest_forms({few, many})
+    assert forms[few] in ("aten", "stream", "swapped") and forms[many] in ("aten", "swapped")
 
 
 def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
