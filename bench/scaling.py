@@ -1,8 +1,9 @@
 """python -m bench.scaling: how the time of a decoded token grows, beside what the cost model predicts.
 
-Four tables, and with ``--plot FILE.png`` a picture of them: ms per token (tide, all tokens leaving) against the depth
-of the exit, and without exits against the length of the cache, the batch, and the length of a prompt. Predictions are
-made for this machine (``tide plan --device cpu``); memory is the largest resident size of the process so far.
+Four tables, and with ``--plot FILE.png`` a picture of them: ms per token as the engine's ``generate`` runs it, against
+the depth of the exit, with all tokens leaving, and without exits against the length of the cache, the batch, and the
+length of a prompt. Predictions are made for this machine (``tide plan --device cpu``); memory is the largest resident
+size of the process so far.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tide_compile.passes.cost import Device
 from torch import nn
 from transformers import StaticCache
 
+from bench.decode import in_engine
 from bench.models import SMOLLM2, load_model
 from bench.prefill import operations, prompt
 from bench.report import Timing, show, timed
@@ -56,7 +58,7 @@ def by_depth(model: nn.Module, costs: CostModel, device: Device, length: int) ->
     for depth in costs.depths:
         torch._dynamo.reset()
         forced = {"router": bank, "exit_threshold": 0.0, "min_layers": depth, "checkpoint_interval": depth}
-        call = torch.compile(model, backend="tide", options=forced)
+        call = in_engine(model, forced)
         predicted = costs.forecast(device, 1, length, depth, 1.0).on
         rows.append(row(depth, token_time(model, call, 1, length), predicted))
         print(rows[-1], flush=True)
@@ -69,7 +71,7 @@ def without_exits(
     rows = []
     for batch, length in cases:
         torch._dynamo.reset()
-        call = torch.compile(model, backend="tide", options={"exit_threshold": 1.0})
+        call = in_engine(model, {"exit_threshold": 1.0})
         predicted = costs.forecast(device, batch, length, costs.depths[0], 0.0).off
         rows.append(row(f"{batch} x {length}", token_time(model, call, batch, length), predicted))
         print(rows[-1], flush=True)
@@ -127,9 +129,10 @@ def main() -> None:
     model, _ = load_model(args.model, getattr(torch, args.dtype))
     n = model.config.num_hidden_layers
     depths = args.depths or [n * i // 6 for i in range(1, 6)]
-    costs, device = CostModel(model, depths), find_device("cpu", model.dtype)
+    costs, device = CostModel(model, depths), find_device("cpu", model.dtype, model.config)
     print(
-        f"{device.bandwidth / 1e9:.1f} GB/s, {device.flops / 1e9:.0f} GFLOP/s, {device.overhead * 1e6:.1f} us a product"
+        f"{device.bandwidth / 1e9:.1f} GB/s of weights, {device.keys / 1e9:.1f} of keys; GFLOP/s of products of rows: "
+        + ", ".join(f"{rows}: {speed / 1e9:.0f}" for rows, speed in device.few)
     )
     tables = {
         "exit after": by_depth(model, costs, device, 128),

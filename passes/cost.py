@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from tide_compile.passes.fx_tools import value_of
 from torch.fx import GraphModule, Node
@@ -25,11 +26,22 @@ _PRODUCTS = {_LINEAR, aten.linear.default, aten.mm.default, aten.addmm.default, 
 @dataclass(frozen=True, slots=True)
 class Device:
     """``flops``: operations per second of a large matrix product. ``bandwidth``: bytes per second read or written.
-    ``overhead``: seconds that a kernel costs whatever its size."""
+    ``overhead``: seconds that a kernel costs whatever its size. ``keys``: bytes of keys and values per second in
+    attention of one query, None: ``bandwidth``. ``few``: (rows, operations per second) of products of fewer rows than
+    the large one, ascending, if that is known."""
 
     flops: float
     bandwidth: float
     overhead: float
+    keys: float | None = None
+    few: tuple[tuple[int, float], ...] = ()
+
+    def for_rows(self, rows: int) -> Device:
+        """The device as products of so many rows find it: between those of ``few``, in proportion."""
+        if not self.few:
+            return self
+        numbers, speeds = zip(*self.few, strict=True)
+        return replace(self, flops=float(np.interp(rows, numbers, speeds)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +156,9 @@ class PieceCost:
         return PieceCost(self.operations * operations, self.weights, self.keys * keys, self.kernels)
 
     def seconds(self, device: Device) -> float:
-        """The roofline of a device, and the overhead of the kernels."""
-        moved = (self.weights + self.keys) / device.bandwidth
-        return max(self.operations / device.flops, moved) + self.kernels * device.overhead
+        """The roofline of a device for products, then attention, and the overhead of the kernels."""
+        products = max(self.operations / device.flops, self.weights / device.bandwidth)
+        return products + self.keys / (device.keys or device.bandwidth) + self.kernels * device.overhead
 
 
 def cost_of(gm: GraphModule) -> PieceCost:

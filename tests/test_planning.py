@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from tide_compile.passes.cost import Device
+from tide_compile.passes.cost import Device, PieceCost
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, StaticCache
 from typer.testing import CliRunner
 
 from tests.models import CONFIGS, HIDDEN, LAYERS, tiny
+from tide_compile import tuning
 from tide_compile.cli import app
 from tide_compile.errors import ConfigError
 from tide_compile.planning import CostModel, find_device
@@ -61,6 +62,17 @@ def test_devices_and_depths():
         find_device("h900", torch.bfloat16)
     with pytest.raises(ConfigError, match="4"):
         CostModel(tiny("rmsnorm-rope-gqa"), (LAYERS,))
+
+
+def test_this_machine(monkeypatch):
+    """Catches keys that are not read, and products of a few rows that are taken to run as fast as large ones."""
+    monkeypatch.setattr(tuning, "_FEW", (16, 64))
+    device = find_device("cpu", torch.bfloat16, CONFIGS["rmsnorm-rope-gqa"]())
+    assert device.keys > 0 and device.bandwidth > 0
+    assert [rows for rows, _ in device.few] == [16, 64] and device.flops == device.few[-1][1]
+    device = Device(8.0, 1.0, 0.0, keys=0.5, few=((4, 2.0), (8, 4.0)))
+    assert [device.for_rows(n).flops for n in (1, 4, 6, 8, 100)] == [2, 2, 3, 4, 4]
+    assert PieceCost(8, 3, 1, 7).seconds(device.for_rows(8)) == 3 + 1 / 0.5
 
 
 def test_plan_command(tmp_path):

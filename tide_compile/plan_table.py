@@ -21,7 +21,8 @@ def show_plan(
 ) -> None:  # fmt: skip
     """Print a forecast for every batch, context and depth, or write it to stdout as JSON."""
     chosen = find_dtype(dtype)
-    target, skeleton = find_device(device, chosen), load_skeleton(model, chosen)
+    skeleton = load_skeleton(model, chosen)
+    target = find_device(device, chosen, skeleton.config)
     layers = skeleton.config.get_text_config(decoder=True).num_hidden_layers
     costs = CostModel(skeleton, depths or (layers // 3, 2 * layers // 3))
     forecasts = [

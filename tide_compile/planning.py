@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import PreTrainedConfig, StaticCache
 
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import ConfigError
@@ -22,14 +22,17 @@ _CONTEXT = 64  # tokens of the cache in the traced graph; costs grow in proporti
 _KERNEL = 4e-6  # seconds that a kernel of a CUDA GPU costs in a stream, whatever its size
 
 
-def find_device(name: str, dtype: torch.dtype) -> Device:
-    """A GPU of the table by name, at an eighth of its operations for fp32, or ``"cpu"``: this machine's, measured.
+def find_device(name: str, dtype: torch.dtype, config: PreTrainedConfig | None = None) -> Device:
+    """A GPU of the table by name, at an eighth of its operations for fp32, or ``"cpu"``: this machine's, measured for
+    attention as in a model of this ``config``.
 
     Raises:
         ConfigError: lists the known names.
     """
     if name.lower() == "cpu":
-        return measured_decoding(dtype)
+        text = config and config.get_text_config(decoder=True)
+        heads = getattr(text, "num_attention_heads", None) or 1
+        return measured_decoding(dtype, heads // (getattr(text, "num_key_value_heads", None) or heads))
     for card in CARDS:
         if card.name.lower() == name.lower():
             flops = card.flops / (1 if dtype.itemsize == 2 else 8)
@@ -84,6 +87,7 @@ class CostModel:
         return Forecast(batch, context, depth, share, off * 1e3, on * 1e3, break_even)
 
     def _seconds(self, device: Device, batch: int, context: int, depth: int, share: float, routed: bool) -> float:
+        device = device.for_rows(batch)
         first, router, rest, fill, ends = self.costs[depth]
         keys = batch * context / _CONTEXT
         all_leave = share**batch

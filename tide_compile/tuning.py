@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._guards import tracing
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tide_compile.compiled import compile_graph
-from tide_compile.device import cpu_name, measured
+from tide_compile.device import cpu_name
 from tide_compile.files import cache_folder, write_text
 from tide_compile.passes.cost import Device
+from tide_compile.passes.lower_attention import attend_one
 from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, Form, Linears, stream, swapped
 
 log = logging.getLogger("tide_compile")
@@ -26,7 +28,9 @@ log = logging.getLogger("tide_compile")
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
 _ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
-_OPERATIONS = 5e8  # of one product that is measured, at most
+_FEW = (1, 4, 16, 64, 256)  # rows of products that are measured for predictions
+_LOOP = 4e-6  # seconds that the beginning of a loop on all cores costs
+_OPERATIONS = 2e9  # of one product that is measured, at most
 _FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
@@ -53,14 +57,32 @@ def fastest_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
 
 
 @functools.cache
-def measured_decoding(dtype: torch.dtype) -> Device:
-    """This CPU as decoding finds it: bytes per second of streamed weights, and seconds that a product costs whatever
-    its size."""
-    streamed = _streamed(1, dtype, dtype)
-    large, tiny = Linears(1, (1 << 15,), 1 << 10, dtype, dtype), Linears(1, (64,), 64, dtype, dtype)
-    seconds = [_seconds({"stream": streamed}, linears)["stream"] for linears in (large, tiny)]
-    bandwidth = sum(large.outs) * large.ins * dtype.itemsize / seconds[0]
-    return Device(measured(torch.device("cpu"), dtype).flops, bandwidth, seconds[1])
+def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
+    """This CPU as decoding finds it: products of ``_FEW`` rows in their fastest forms, streamed weights, and attention
+    in which ``shared`` queries read each key."""
+    outs, ins = (1 << 11, 1 << 11), 1 << 10
+    speeds = []
+    for rows in _FEW:
+        linears = Linears(rows, outs, ins, dtype, dtype)
+        speeds.append(2.0 * rows * sum(outs) * ins / min(_seconds(_candidates(linears), linears).values()))
+    bandwidth = speeds[0] / 2 * dtype.itemsize
+    return Device(speeds[-1], bandwidth, _LOOP, _attention(dtype, shared), tuple(zip(_FEW, speeds, strict=True)))
+
+
+def _attention(dtype: torch.dtype, shared: int) -> float:
+    """Bytes of keys and values per second that attention of one query reads."""
+    groups, length, size = 4, 1024, 64
+    with FakeTensorMode():
+        fakes = [torch.empty(1, groups * n, m, size, dtype=dtype) for n, m in ((shared, 1), (1, length), (1, length))]
+    with tracing(None):
+        graph = make_fx(lambda *given: (attend_one(*given, scale=None),))(*fakes)
+    run = compile_graph(graph, fakes)
+    query = torch.ones(1, groups * shared, 1, size, dtype=dtype)
+    count = _WORKING_SET // (2 * groups * length * size * dtype.itemsize)
+    keys = torch.ones(2 * count, 1, groups, length, size, dtype=dtype).unbind()
+    pairs = list(zip(keys[::2], keys[1::2], strict=True))
+    seconds = min(_once(lambda _, pair: run(query, *pair), query, pairs) for _ in range(_ROUNDS))
+    return sum(k.nbytes for k in keys) / seconds
 
 
 def _candidates(linears: Linears) -> dict[Form, Callable[[Tensor, Tensor], object]]:
