@@ -221,6 +221,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     root = __file__.rsplit("/", 2)[0]
     peaks = [
         int(subprocess.check_output([sys.executable, "-c", program.format(root=root), n], text=True).split()[-1])
-        for n in ("20", "400")
+        for n in ("10", "200")
     ]
     assert peaks[1] < 1.1 * peaks[0]

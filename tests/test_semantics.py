@@ -144,8 +144,8 @@ def test_nan_never_exits():
 def test_inductor_lowering(name, cache, batch, strategy):
     """With all that a router file can hold. Catches what only compiled code gets wrong: aliasing, symbolic sizes, twins
     wired to the wrong weights, a projection that Inductor fuses in another dtype than the reference's."""
-    model, bank = tiny(name), probing()
-    bank.shortcuts = shortcuts()
+    model, bank = tiny(name, layers=3), probing(3)
+    bank.shortcuts = {1: shortcuts()[1]}
     settings = {"kv_cache_strategy": strategy, **SETTINGS}
     threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
     assert check(model, bank, cache, batch, threshold, **settings).total_exited > 0
