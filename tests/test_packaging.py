@@ -122,7 +122,7 @@ def test_wheel_has_every_module_and_the_licence_and_nothing_else(wheel):
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in packed)
 
 
-@pytest.mark.parametrize("kind", ["wheel", "bare", pytest.param("editable", marks=pytest.mark.slow)])  # as `make test` is
+@pytest.mark.parametrize("kind", ["wheel", "bare", pytest.param("editable", marks=pytest.mark.slow)])
 def test_imports_without_shadowing_kernels(kind, env, tmp_path, request):
     """Catches: a wrong package-dir or `__path__`, a lost entry point, an `__init__.py` in kernels/."""
     python, site = env

@@ -71,7 +71,7 @@ def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
 
 def _attention(dtype: torch.dtype, shared: int) -> float:
     """Bytes of keys and values per second that attention of one query reads."""
-    groups, length, size = 4, 1024, 64
+    groups, length, size = 4, 1 << 12, 64
     with FakeTensorMode():
         fakes = [torch.empty(1, groups * n, m, size, dtype=dtype) for n, m in ((shared, 1), (1, length), (1, length))]
     with tracing(None):
