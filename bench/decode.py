@@ -116,12 +116,8 @@ def start_seconds(name: str, args: argparse.Namespace) -> list[float]:
     command = [sys.executable, "-m", "bench.decode", "--cold", name, "--model", args.model, "--dtype", args.dtype]
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        caches = (
-            "TORCHINDUCTOR_CACHE_DIR",
-            "TRITON_CACHE_DIR",
-            "TIDE_CACHE",
-            "TMPDIR",
-        )  # the last: precompiled headers
+        # TMPDIR: there Inductor keeps the headers that it precompiles
+        caches = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TIDE_CACHE", "TMPDIR"
         env = {**os.environ, **dict.fromkeys(caches, folder)}
         for _ in range(2):
             started = time.perf_counter()
