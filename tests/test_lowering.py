@@ -273,7 +273,8 @@ def test_what_is_compiled_late_leaves_no_marks():
     compiled = torch.compile(model, backend="tide", dynamic=True, options=options)
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        compiled(torch.ones(2, 4, dtype=torch.long), past_key_values=cache)
+        for length in (4, 1):
+            compiled(torch.ones(2, length, dtype=torch.long), past_key_values=cache)
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     assert not [t for t in tensors if hasattr(t, "_has_dynamo_dim_marking")]
 
