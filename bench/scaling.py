@@ -2,8 +2,8 @@
 
 Four tables, and with ``--plot FILE.png`` a picture of them: ms per token as the engine's ``generate`` runs it, against
 the depth of the exit, with all tokens leaving, and without exits against the length of the cache, the batch, and the
-length of a prompt. Predictions are made for this machine (``tide plan --device cpu``); memory is the largest resident
-size of the process so far.
+length of a prompt. Predictions are made for this machine (``tide plan --device cpu``), which is measured before and
+after each table; memory is the largest resident size of the process when a case had run first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import resource
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from tide_compile.passes.cost import Device
@@ -21,16 +23,60 @@ from transformers import StaticCache
 from bench.decode import in_engine
 from bench.models import SMOLLM2, load_model
 from bench.prefill import operations, prompt
-from bench.report import Timing, show, timed
+from bench.report import interleave, show, timed
 from tide_compile import RouterBank
 from tide_compile.planning import CostModel, find_device
+from tide_compile.tuning import measured_decoding
 
-ROUNDS, WARM = 15, 4
+TABLES, WARM = ("exit after", "length", "batch", "prompt"), 4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``step``: seconds of one. ``predicted``: ms of one on a device. ``memory``: resident GB once it had run."""
+
+    name: object
+    step: Callable[[], float]
+    predicted: Callable[[Device], float]
+    memory: float
+
+    @classmethod
+    def warm(cls, name: object, step: Callable[[], float], predicted: Callable[[Device], float]) -> Case:
+        for _ in range(WARM):
+            step()
+        print(f"{name} is compiled", flush=True)
+        return cls(name, step, predicted, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[object]]:
+    """One row for each case. They take turns, because a shared machine's speed drifts; what predictions need of the
+    machine is measured before and after, and their mean is taken."""
+    devices = [device_now(model)]
+    timings = interleave({case.name: case.step for case in cases}, rounds)
+    devices.append(device_now(model))
+    rows = []
+    for case in cases:
+        timing, predicted = timings[case.name], statistics.fmean(map(case.predicted, devices))
+        share = predicted / (timing.median * 1e3)
+        rows.append([case.name, *timing.cells(), f"{predicted:.1f}", f"{share:.2f}", f"{case.memory:.1f}"])
+    return rows
+
+
+def device_now(model: nn.Module) -> Device:
+    measured_decoding.cache_clear()
+    device = find_device("cpu", model.dtype, model.config)
+    print(
+        f"{device.bandwidth / 1e9:.1f} GB/s of weights, {device.keys / 1e9:.1f} of keys; GFLOP/s of products of rows: "
+        + ", ".join(f"{rows}: {speed / 1e9:.0f}" for rows, speed in device.few),
+        flush=True,
+    )
+    return device
 
 
 @torch.no_grad()
-def token_time(model: nn.Module, call: Callable, batch: int, length: int) -> Timing:
-    """Decoding one token of ``batch`` sequences into a static cache of ``length`` tokens that is nearly full."""
+def token(model: nn.Module, call: Callable, batch: int, length: int) -> Callable[[], float]:
+    """A step that decodes one token of ``batch`` sequences into a static cache of ``length`` tokens that is nearly
+    full."""
     cache = StaticCache(config=model.config, max_cache_len=length)
     model(torch.zeros(batch, 8, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
     ids = torch.full((batch, 1), 5)
@@ -41,58 +87,42 @@ def token_time(model: nn.Module, call: Callable, batch: int, length: int) -> Tim
             layer.cumulative_length.fill_(length - 2)
         return timed(lambda: call(ids, past_key_values=cache))
 
-    for _ in range(WARM):
-        step()
-    return Timing([step() for _ in range(ROUNDS)])
+    return step
 
 
-def row(x: object, timing: Timing, predicted: float) -> list[object]:
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    median = timing.median * 1e3
-    return [x, *timing.cells(), f"{predicted:.1f}", f"{predicted / median:.2f}", f"{memory:.1f}"]
-
-
-def by_depth(model: nn.Module, costs: CostModel, device: Device, length: int) -> list[list[object]]:
-    n, rows = costs.num_layers, []
+def by_depth(model: nn.Module, costs: CostModel, length: int) -> list[Case]:
+    n, cases = costs.num_layers, []
     bank = RouterBank.untrained(model.config.hidden_size, n)
     for depth in costs.depths:
-        torch._dynamo.reset()
         forced = {"router": bank, "exit_threshold": 0.0, "min_layers": depth, "checkpoint_interval": depth}
-        call = in_engine(model, forced)
-        predicted = costs.forecast(device, 1, length, depth, 1.0).on
-        rows.append(row(depth, token_time(model, call, 1, length), predicted))
-        print(rows[-1], flush=True)
-    return rows
+        step = token(model, in_engine(model, forced), 1, length)
+        cases.append(Case.warm(depth, step, lambda device, d=depth: costs.forecast(device, 1, length, d, 1.0).on))
+    return cases
 
 
-def without_exits(
-    model: nn.Module, costs: CostModel, device: Device, cases: Sequence[tuple[int, int]]
-) -> list[list[object]]:
-    rows = []
-    for batch, length in cases:
-        torch._dynamo.reset()
-        call = in_engine(model, {"exit_threshold": 1.0})
-        predicted = costs.forecast(device, batch, length, costs.depths[0], 0.0).off
-        rows.append(row(f"{batch} x {length}", token_time(model, call, batch, length), predicted))
-        print(rows[-1], flush=True)
-    return rows
+def without_exits(model: nn.Module, costs: CostModel, sizes: Sequence[tuple[int, int]]) -> list[Case]:
+    """``sizes``: sequences, and tokens of the cache."""
+    cases = []
+    for batch, length in sizes:
+        step = token(model, in_engine(model, {"exit_threshold": 1.0}), batch, length)
+
+        def predicted(device: Device, batch: int = batch, length: int = length) -> float:
+            return costs.forecast(device, batch, length, costs.depths[0], 0.0).off
+
+        cases.append(Case.warm(f"{batch} x {length}", step, predicted))
+    return cases
 
 
 @torch.no_grad()
-def prompts(model: nn.Module, device: Device, lengths: Sequence[int]) -> list[list[object]]:
+def prompts(model: nn.Module, lengths: Sequence[int]) -> list[Case]:
     """Predicted: the operations at the speed of a large product."""
-    torch._dynamo.reset()
-    call, rows = torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), []
+    call, cases = torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), []
     for length in lengths:
         ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
         torch._dynamo.maybe_mark_dynamic(ids, 1)
-        step = prompt(model, call, ids)
-        for _ in range(2):
-            step()
-        timing = Timing([step() for _ in range(ROUNDS // 3)])
-        rows.append(row(length, timing, operations(model, ids) / device.flops * 1e3))
-        print(rows[-1], flush=True)
-    return rows
+        count = operations(model, ids)
+        cases.append(Case.warm(length, prompt(model, call, ids), lambda device, n=count: n / device.flops * 1e3))
+    return cases
 
 
 def plot(tables: dict[str, list[list[object]]], path: str) -> None:
@@ -120,6 +150,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048])
+    parser.add_argument("--rounds", type=int, default=15, help="steps timed per case; the cases of a table take turns")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--plot", help="write a picture to this PNG file")
     parser.add_argument("--json", help="also write the results to <json>.<table>")
     args = parser.parse_args()
@@ -129,18 +161,17 @@ def main() -> None:
     model, _ = load_model(args.model, getattr(torch, args.dtype))
     n = model.config.num_hidden_layers
     depths = args.depths or [n * i // 6 for i in range(1, 6)]
-    costs, device = CostModel(model, depths), find_device("cpu", model.dtype, model.config)
-    print(
-        f"{device.bandwidth / 1e9:.1f} GB/s of weights, {device.keys / 1e9:.1f} of keys; GFLOP/s of products of rows: "
-        + ", ".join(f"{rows}: {speed / 1e9:.0f}" for rows, speed in device.few)
-    )
-    tables = {
-        "exit after": by_depth(model, costs, device, 128),
-        "length": without_exits(model, costs, device, [(1, length) for length in args.contexts]),
-        "batch": without_exits(model, costs, device, [(batch, 128) for batch in args.batches]),
-        "prompt": prompts(model, device, args.prompts),
+    costs = CostModel(model, depths)
+    kinds = {
+        "exit after": lambda: by_depth(model, costs, 128),
+        "length": lambda: without_exits(model, costs, [(1, length) for length in args.contexts]),
+        "batch": lambda: without_exits(model, costs, [(batch, 128) for batch in args.batches]),
+        "prompt": lambda: prompts(model, args.prompts),
     }
-    for title, rows in tables.items():
+    tables = {}
+    for title in args.tables:
+        torch._dynamo.reset()
+        tables[title] = rows = measure(kinds[title](), model, args.rounds)
         headers = [title, "ms", "quartiles", "predicted", "predicted / measured", "GB resident"]
         show(f"decode, {args.model}, {args.dtype}, by {title}", headers, rows, args.json and f"{args.json}.{title}")
     if args.plot:

@@ -119,7 +119,7 @@ def check_project(h, kind, share=0.5, dtype=None):
 
 
 def main(every: bool) -> int:
-    sizes = [(1, 576), (3, 64), (63, 576), (100, 64), (577, 64), (1, 5120)]
+    sizes = [(1, 576), (3, 64), (63, 576), (100, 64), (200, 64), (1, 2048)]
     if every:
         sizes = list(itertools.product(ROWS, HIDDEN))
     done = 0
@@ -129,7 +129,7 @@ def main(every: bool) -> int:
         for dtype in dtypes:
             h = states(rows, hidden, dtype)
             norms = ((False, False), (True, True), (False, True), (True, False))[done % 2 * 2 if every else 0 :]
-            for layer_norm, bias in norms[: 2 if rows * hidden < 1e6 else 1]:
+            for layer_norm, bias in norms[: 2 if rows * hidden < (1e6 if every else 1e4) else 1]:
                 check_route(h, layer_norm, bias, BOTTLENECKS[(i + done) % 3], offset=done % 2 == 1)
                 done += 1
             check_scatter(h)

@@ -207,7 +207,7 @@ def test_too_little():
 
 
 def test_memory_does_not_grow_with_the_texts():
-    """Twenty times the texts, the same peak (within 10 %): states are summed or sampled, never collected."""
+    """Twelve times the texts, the same peak (within 10 %): states are summed or sampled, never collected."""
     program = """
 import resource, sys
 sys.path.insert(0, {root!r})
@@ -221,6 +221,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     root = __file__.rsplit("/", 2)[0]
     peaks = [
         int(subprocess.check_output([sys.executable, "-c", program.format(root=root), n], text=True).split()[-1])
-        for n in ("10", "200")
+        for n in ("10", "120")
     ]
     assert peaks[1] < 1.1 * peaks[0]

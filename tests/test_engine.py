@@ -227,24 +227,25 @@ def test_generate_from_threads(model, bank):
     assert all(torch.equal(got[i], want[i % 4]) for i in range(8))
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_many_engines(model, bank):
     """A sweep over thresholds must not run into Dynamo's limit of recompilations."""
-    for step in range(10):
+    for step in range(4):
         engine = TIDE(model, bank, TIDEConfig(exit_threshold=step / 20, **SETTINGS))
         engine(prompt(1)[0], use_cache=False)
     assert engine.last_stats.total_tokens == 9
 
 
+@torch._dynamo.config.patch(recompile_limit=2)
 def test_many_kinds_of_call(model):
-    """One engine serves more kinds of call than Dynamo compiles by default, which is 8."""
+    """One engine serves more kinds of call than Dynamo compiles by default."""
     engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
     ids, mask = prompt(2)
     torch._dynamo.utils.counters.clear()
-    for rows in (ids, ids[:1]):
-        for arguments in ({"use_cache": False}, {}, {"attention_mask": mask[: len(rows)]}, {"return_dict": True}):
-            engine(rows, **arguments)
-    engine(ids, mask, use_cache=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+    for arguments in ({"use_cache": False}, {}, {"attention_mask": mask}):
+        engine(ids, **arguments)
+    engine(ids[:1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
 
 
 def test_inference_mode_and_embeddings(model, bank):
