@@ -13,6 +13,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
+from tide_compile.inductor_code import keeping_buffers
 from tide_compile.passes.fx_tools import call, value_of
 from tide_compile.passes.plan import ROWS, Piece
 
@@ -44,7 +45,8 @@ def compile_piece(piece: Piece, patches: dict[str, object]) -> Runnable:
 def compile_graph(gm: GraphModule, inputs: Sequence[object], patches: dict[str, object] | None = None) -> Runnable:
     """A graph compiled by Inductor for these fake inputs."""
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
-    with tracing(TracingContext(mode)):  # Dynamo has put a fresh fake mode in its own; the graph's values have theirs
+    # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
+    with tracing(TracingContext(mode)), keeping_buffers():
         return compile_fx(gm, list(inputs), config_patches=PATCHES | (patches or {}))
 
 

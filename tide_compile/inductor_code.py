@@ -1,4 +1,5 @@
-"""inductor_code: which files hold the code that Inductor runs for a piece, and when it waits for its compilers."""
+"""inductor_code: which files hold the code that Inductor runs for a piece, what is done when it is loaded, and when
+Inductor waits for its compilers."""
 
 from __future__ import annotations
 
@@ -7,25 +8,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import ModuleType
 
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from tide_compile.kept_buffers import keep_buffers
+
 _files: ContextVar[list[str] | None] = ContextVar("tide_inductor_files", default=None)
+_keeping: ContextVar[bool] = ContextVar("tide_keeping", default=False)
 _started: ContextVar[list[tuple[AsyncCompile, dict[str, object]]] | None] = ContextVar("tide_started", default=None)
 
 
 @contextmanager
 def note_code_files() -> Iterator[list[str]]:
     """Collect the paths of the modules that Inductor loads inside the block, newly written or from its cache."""
-    _wrap(PyCodeCache, "load_by_key_path", _noting)
+    _wrap(PyCodeCache, "load_by_key_path", _loading)
     files: list[str] = []
     token = _files.set(files)
     try:
         yield files
     finally:
         _files.reset(token)
+
+
+@contextmanager
+def keeping_buffers() -> Iterator[None]:
+    """What Inductor compiles, or takes from its cache, inside the block allocates its small temporaries once."""
+    _wrap(PyCodeCache, "load_by_key_path", _loading)
+    token = _keeping.set(True)
+    try:
+        yield
+    finally:
+        _keeping.reset(token)
 
 
 @contextmanager
@@ -44,14 +60,15 @@ def compiling_together() -> Iterator[None]:
         compiler.wait(scope)
 
 
-def _noting(load: Callable[..., object]) -> Callable[..., object]:
-    def noting(key: str, path: str, *args: object, **kwargs: object) -> object:
+def _loading(load: Callable[..., ModuleType]) -> Callable[..., ModuleType]:
+    def loading(key: str, path: str, *args: object, **kwargs: object) -> ModuleType:
         files = _files.get()
         if files is not None and path not in files:
             files.append(path)
-        return load(key, path, *args, **kwargs)
+        module = load(key, path, *args, **kwargs)
+        return keep_buffers(module) if _keeping.get() else module
 
-    return noting
+    return loading
 
 
 def _deferring(wait: Callable[[AsyncCompile, dict[str, object]], None]) -> Callable[..., None]:
