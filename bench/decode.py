@@ -1,7 +1,7 @@
 """python -m bench.decode: decoding one token at batch 1, with exits forced at a third and two thirds of the layers.
 
-Contenders share their weights and run in turn, one token each, in one process: eager, stock Inductor, tide with no
-exits (default options), tide with every token leaving after N/3 and 2N/3 layers (threshold 0, ``min_layers``), and for
+Contenders share their weights and run in turn, four tokens each behind one that does not count, in one process: eager,
+stock Inductor, tide with no exits (default options), tide with every token leaving after N/3 and 2N/3 layers (threshold 0, ``min_layers``), and for
 each of these depths the genuinely truncated model compiled by the same route (tide with no exits).
 ``--engine``: all of tide as the engine's ``generate`` runs it, without Dynamo's guards for every token.
 """
@@ -28,6 +28,7 @@ from tide_compile.repeats import Repeats, repeating
 
 CONTEXT = 64  # tokens in the cache when timing starts
 CACHE = 256  # length of the static cache
+TURN = 4  # tokens, timed one by one
 COLD = {"inductor": "inductor", "tide off": "tide", "tide with routers": "tide"}
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=SMOLLM2, help="smollm2, a hub name or a folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=60, help="tokens timed per contender, 0: compile times only")
+    parser.add_argument("--rounds", type=int, default=30, help=f"turns of {TURN} tokens, 0: compile times only")
     parser.add_argument("--json", help="also write the result to this file")
     parser.add_argument("--no-cold", action="store_true", help="do not measure compile times (minutes)")
     parser.add_argument("--engine", action="store_true", help="tide as the engine's generate runs it")
@@ -158,7 +159,7 @@ def main() -> None:
     cold = {} if args.no_cold else {name: start_seconds(name, args) for name in COLD}
     if args.rounds:
         steps, first = contenders(model, ids, CACHE - CONTEXT - 8, args.engine)
-        timings = interleave(steps, args.rounds)
+        timings = interleave(steps, args.rounds, steps=TURN, uncounted=1)
         n = model.config.num_hidden_layers
         compared = {"tide off": "inductor", **{f"tide exit {d}": f"truncated {d}" for d in (n // 3, 2 * n // 3)}}
         rows = []
@@ -166,7 +167,7 @@ def main() -> None:
             other = compared.get(name)
             ratio = f"{timing.median / timings[other].median:.2f} x {other}" if other else ""
             rows.append([name, *timing.cells(), ratio, f"{timing.median / timings['inductor'].median:.2f}"])
-        context = f"context {CONTEXT} to {CONTEXT + args.rounds}{', in the engine' if args.engine else ''}"
+        context = f"context {CONTEXT} to {CACHE}{', in the engine' if args.engine else ''}"
         title = f"decode, {args.model}, {args.dtype}, batch 1, {context}, tide_compile {tide_compile.__version__}"
         show(
             title,

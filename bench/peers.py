@@ -1,7 +1,7 @@
 """python -m bench.peers: ways to decode the same tokens of the same weights, one after the other in one process.
 
-Contenders take turns, one token each (of those that only have ``generate``: the time of 5 tokens less that of 1,
-divided by 4): eager, stock Inductor, tide without exits, tide with all tokens leaving after N/3 of the layers,
+Contenders take turns, four tokens each behind one that does not count (those that only have ``generate``: the time of 5
+tokens less that of 1): eager, stock Inductor, tide without exits, tide with all tokens leaving after N/3 of the layers,
 transformers' ``assistant_early_exit`` there, with ``--router FILE`` tide with the thresholds of that file (tokens take
 as long as they need, so look at its mean), and, where they are installed, ``tide-inference`` 0.2.1 from PyPI
 (untrained routers, threshold 1: nobody leaves) and llama.cpp (llama-cpp-python, the same weights written in the dtype
@@ -188,11 +188,15 @@ def contenders(
 
 
 def decoding(contender: Contender) -> Callable[[], float]:
-    """A step that returns the seconds of one token."""
-    if not contender.restarts:
-        return lambda: timed(lambda: contender.decode(1))
-    whole, first = (lambda n=n: timed(lambda: contender.decode(n)) for n in (PIECE + 1, 1))
-    return lambda: (whole() - first()) / PIECE
+    """A step that returns the seconds of one token: the mean of ``PIECE``, behind one that finds the processor's caches
+    full of what the others ran."""
+    whole, piece, first = (lambda n=n: timed(lambda: contender.decode(n)) for n in (PIECE + 1, PIECE, 1))
+
+    def step() -> float:
+        spent = first()
+        return (whole() - spent if contender.restarts else piece()) / PIECE
+
+    return step
 
 
 def same_tokens(found: list[int], wanted: list[int]) -> int:
@@ -213,7 +217,7 @@ def main() -> None:
     parser.add_argument(
         "--router", action="append", default=[], help="router file to run as well; more than once: each"
     )
-    parser.add_argument("--rounds", type=int, default=12, help="tokens timed per contender")
+    parser.add_argument("--rounds", type=int, default=12, help=f"turns of {PIECE} tokens")
     parser.add_argument("--prompt", type=int, default=192, help="tokens of the prompt that is timed, 0: none")
     parser.add_argument("--json", help="also write the results to <json>.decode and <json>.prefill")
     args = parser.parse_args()

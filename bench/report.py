@@ -43,12 +43,17 @@ class Timing:
         return [f"{self.median * 1e3:.1f}", f"{first * 1e3:.1f} to {third * 1e3:.1f}"]
 
 
-def interleave(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Run all contenders in turn, ``rounds`` times; each call returns the seconds of one step."""
+def interleave(
+    contenders: dict[str, Callable[[], float]], rounds: int, steps: int = 1, uncounted: int = 0
+) -> dict[str, Timing]:
+    """Run all contenders in turn, ``rounds`` times; each call returns the seconds of one step. A turn is ``steps``
+    steps behind some that do not count, because they find the processor's caches full of what the others ran."""
     timings = {name: Timing() for name in contenders}
     for _ in range(rounds):
         for name, step in contenders.items():
-            timings[name].seconds.append(step())
+            for _ in range(uncounted):
+                step()
+            timings[name].seconds += [step() for _ in range(steps)]
     return timings
 
 
