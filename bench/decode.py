@@ -1,8 +1,9 @@
 """python -m bench.decode: decoding one token at batch 1, with exits forced at a third and two thirds of the layers.
 
 Contenders share their weights and run in turn, four tokens each behind one that does not count, in one process: eager,
-stock Inductor, tide with no exits (default options), tide with every token leaving after N/3 and 2N/3 layers (threshold 0, ``min_layers``), and for
-each of these depths the genuinely truncated model compiled by the same route (tide with no exits).
+stock Inductor, tide with no exits (default options), tide with every token leaving after N/3 and 2N/3 layers (threshold
+0, ``min_layers``), and for each of these depths the genuinely truncated model compiled by the same route (tide with no
+exits).
 ``--engine``: all of tide as the engine's ``generate`` runs it, without Dynamo's guards for every token.
 """
 
