@@ -18,10 +18,11 @@ from transformers import StaticCache
 from tests.checks import assert_close
 from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
 from tests.test_passes import capture
-from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, record_times, tuning
+from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, lowering, record_times, tuning
 from tide_compile.inductor_code import compiling_together
 
 aten = torch.ops.aten
+MEASURED = tuning._seconds  # before each test has its own
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -214,8 +215,10 @@ def test_keys_are_not_repeated():
 
 
 @pytest.mark.parametrize("outs", [(1,), (7,), (50257,), (3, 5, 1)])
-def test_weights_of_any_size_are_measured(outs):
+def test_weights_of_any_size_are_measured(outs, monkeypatch):
     """Catches sizes that the parts of the measured loop do not divide."""
+    monkeypatch.setattr(tuning, "_seconds", MEASURED)
+    monkeypatch.setattr(tuning, "_LEAST", 0.0)
     few, many = (Linears(rows, outs, 16, torch.bfloat16, torch.bfloat16) for rows in (2, 64))
     forms = tuning.fastest_forms({few, many})
     assert forms[few] in ("aten", "stream", "swapped") and forms[many] in ("aten", "swapped")
@@ -239,6 +242,23 @@ def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "tide_compile"):
         assert tuning.fastest_forms({product}) == {product: "aten"}
     assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("fastest", ["stream", "aten"])
+def test_wrong_assumption(model, bank, fastest, monkeypatch):
+    """Products that were never measured are taken for streamed. Catches pieces that stay so where another form is
+    faster, are compiled again where they are right, or are compiled from a graph that is used up."""
+    compiled = []
+    monkeypatch.setattr(lowering, "fastest_forms", lambda found: dict.fromkeys(found, fastest))
+    original = lowering.compile_piece
+    monkeypatch.setattr(lowering, "compile_piece", lambda *args: compiled.append(args) or original(*args))
+    engine = TIDE(model, bank, TIDEConfig(exit_threshold=1.0, **{**SETTINGS, "lowering": "inductor"}))
+    ids = prompt(1)[0][:, :1]
+    with torch.no_grad():
+        assert_close(engine(ids, use_cache=False), model(ids, use_cache=False).logits)
+    streamed = [bool(patches["post_grad_custom_pre_pass"][0].forms) for _, patches in compiled]
+    assert len({id(piece.graph) for piece, _ in compiled}) == len(compiled)
+    assert streamed == [True, False, True, *([] if fastest == "stream" else [False, False])]  # the second: no products
 
 
 def test_warmup_compiles_everything(caplog):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -13,9 +15,9 @@ from tide_compile.compiled import Lazy, Runnable, compile_piece
 from tide_compile.inductor_code import compiling_together, note_code_files
 from tide_compile.passes.fx_tools import structure_key, value_of
 from tide_compile.passes.lower_attention import LowerAttention
-from tide_compile.passes.lower_linears import Form, Linears, LowerLinears, find_linears
+from tide_compile.passes.lower_linears import MOST_STREAMED, Form, Linears, LowerLinears, find_linears
 from tide_compile.passes.plan import Piece, Program
-from tide_compile.tuning import fastest_forms
+from tide_compile.tuning import begin_measuring, fastest_forms, known_forms
 
 log = logging.getLogger("tide_compile")
 
@@ -30,7 +32,8 @@ def lower(
 
     Layers repeat, so most pieces have twins: graphs that are equal but for names. Weights and caches are inputs, so
     one compiled piece serves all its twins. Pieces that only run once a token has left are compiled when they are
-    first run.
+    first run. Products of few rows that were never measured on this machine are taken for streamed, measured while
+    there is nothing else to do, and compiled again where that was wrong.
 
     Args:
         program: what ``passes.run`` returned. Its graphs are consumed.
@@ -43,30 +46,62 @@ def lower(
     """
     if lowering == "eager":
         return {name: piece.graph for name, piece in program.pieces.items()}
-    patches = torch._inductor.list_mode_options(mode) if mode else {}
-    plain = {n: v for n, v in patches.items() if n != "triton.cudagraphs"}  # a CUDA graph per number of rows is no use
-    forms = fastest_forms(set().union(*(find_linears(p.graph.graph) for p in program.pieces.values())))
-    compiled: dict[str, Runnable] = {}
-    runnables = {}
+    pieces = program.pieces
+    found = {name: find_linears(piece.graph.graph) for name, piece in pieces.items()}
+    products = set().union(*found.values())
+    forms = known_forms(products)
+    assumed = products - forms.keys()
+    if any(linears.rows > MOST_STREAMED for linears in assumed):
+        forms, assumed = fastest_forms(products), set()
+    copies = {n: replace(p, graph=copy.deepcopy(p.graph)) for n, p in pieces.items() if found[n] & assumed}
+    compiling = _Compiling(pieces, found, mode, compiled_to)
     started = time.perf_counter()
-    keys = {name: structure_key(piece.graph) for name, piece in program.pieces.items()}  # compiling changes graphs
     with nullcontext() if _uses_gpu(program) else compiling_together():
-        for name, piece in sorted(program.pieces.items(), key=_size, reverse=True):  # compilers have most to do first
-            key = keys[name]
-            if key not in compiled:
-                patch = (plain if name.endswith(".compact") else patches) | _linears(piece, forms)
+        compiling.compile(pieces, forms | dict.fromkeys(assumed, "stream"))
+        begin_measuring(assumed)
+    if assumed:
+        forms = fastest_forms(products)
+        wrong = {linears for linears in assumed if forms[linears] != "stream"}
+        compiling.compile({name: piece for name, piece in copies.items() if found[name] & wrong}, forms)
+    seconds = time.perf_counter() - started
+    log.info("compiled %d distinct of %d pieces in %.1f s", len(compiling.done), len(pieces), seconds)
+    return {name: compiling.done[key] for name, key in compiling.keys.items()}
+
+
+class _Compiling:
+    """Pieces compiled once for each ``structure_key``: ``done`` by key, ``keys`` by name."""
+
+    def __init__(
+        self,
+        pieces: Mapping[str, Piece],
+        found: Mapping[str, set[Linears]],
+        mode: str | None,
+        compiled_to: Callable[[str, list[str]], None] | None,
+    ) -> None:
+        self.keys = {name: structure_key(piece.graph) for name, piece in pieces.items()}  # compiling changes graphs
+        self.done: dict[str, Runnable] = {}
+        self._found, self._compiled_to = found, compiled_to
+        self._patches = torch._inductor.list_mode_options(mode) if mode else {}
+
+    def compile(self, pieces: Mapping[str, Piece], forms: Mapping[Linears, Form]) -> None:
+        """Compile these, in the place of what may be there: compilers have most to do first."""
+        done: dict[str, Runnable] = {}
+        for name, piece in sorted(pieces.items(), key=_size, reverse=True):
+            key = self.keys[name]
+            if key not in done:
+                patches = self._patches_of(name, forms)
                 with note_code_files() as files:
-                    compiled[key] = Lazy(piece, patch) if _is_later(name) else compile_piece(piece, patch)
-                if compiled_to is not None:
-                    compiled[key] = _telling(name, compiled[key], files, compiled_to)
-            runnables[name] = compiled[key]
-    log.info(
-        "compiled %d distinct of %d pieces in %.1f s",
-        len(compiled),
-        len(runnables),
-        time.perf_counter() - started,
-    )
-    return runnables
+                    done[key] = Lazy(piece, patches) if _is_later(name) else compile_piece(piece, patches)
+                if self._compiled_to is not None:
+                    done[key] = _telling(name, done[key], files, self._compiled_to)
+        self.done |= done
+
+    def _patches_of(self, name: str, forms: Mapping[Linears, Form]) -> dict[str, object]:
+        patches = dict(self._patches)
+        if name.endswith(".compact"):
+            patches.pop("triton.cudagraphs", None)  # a CUDA graph for each number of rows is no use
+        chosen = {linears: forms[linears] for linears in self._found[name]}
+        return patches | {"post_grad_custom_pre_pass": [LowerLinears(chosen), LowerAttention()]}
 
 
 def _telling(name: str, run: Runnable, files: list[str], compiled_to: Callable[[str, list[str]], None]) -> Runnable:
@@ -102,8 +137,3 @@ def _uses_gpu(program: Program) -> bool:
 def _is_later(name: str) -> bool:
     """Whether a piece runs only when a token has left."""
     return name.startswith(("fill_", "project_")) or name.endswith((".masked", ".compact"))
-
-
-def _linears(piece: Piece, forms: dict[Linears, Form]) -> dict[str, object]:
-    chosen = {linears: forms[linears] for linears in find_linears(piece.graph.graph) & forms.keys()}
-    return {"post_grad_custom_pre_pass": [LowerLinears(chosen), LowerAttention()]}

@@ -35,6 +35,19 @@ _FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
 
+def known_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
+    """The fastest forms of those products that were measured before."""
+    known = _load().get(_machine(), {})
+    return {linears: known[str(linears)] for linears in found if str(linears) in known}
+
+
+def begin_measuring(found: Iterable[Linears]) -> None:
+    """Compile what measuring these products needs, together with what else is being compiled."""
+    for linears in found:
+        if linears.rows <= MOST_STREAMED:
+            _streamed(linears.rows, linears.dtype, linears.stored)
+
+
 def fastest_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
     """The fastest form of products on this machine's CPU, measured in some 0.3 s each unless it is known.
 
