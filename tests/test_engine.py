@@ -248,6 +248,16 @@ def test_many_kinds_of_call(model):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
 
 
+def test_few_sequences_have_code_of_their_own(model):
+    """After a second batch size Dynamo compiles for any, and then products of few rows are as slow as those of many."""
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    torch._dynamo.utils.counters.clear()
+    for rows, graphs in (1, 2), (3, 4), (2, 6), (5, 8), (6, 8), (3, 8):
+        ids = prompt(1)[0].expand(rows, -1).contiguous()
+        assert engine.generate(ids, max_new_tokens=3, do_sample=False).shape[0] == rows
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, rows
+
+
 def test_inference_mode_and_embeddings(model, bank):
     """The cache survives a change of mode; embeddings in the place of ids are an input like any other."""
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))

@@ -1,6 +1,8 @@
 """Temporaries that compiled code keeps between its calls."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch._inductor.codecache import PyCodeCache
@@ -8,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tide_compile.compiled import compile_graph
-from tide_compile.kept_buffers import _Kept
+from tide_compile.kept_buffers import _Kept, keep_buffers
 
 
 def compiled(f, *examples):
@@ -76,3 +78,40 @@ def test_large_ones_are_not_kept(monkeypatch):
     monkeypatch.setattr(module, "empty_strided_cpu", lambda *a: made.append(a[0]) or allocate(*a))
     run(torch.ones(400, 64))
     assert (400, 64) in made
+
+
+CODE = """
+import torch
+def empty_strided_cpu(shape, stride, dtype):
+    return torch.empty_strided(shape, stride, dtype=dtype)
+def reinterpret_tensor(x, shape, stride, offset):
+    return x.as_strided(shape, stride, offset)
+def call(args):
+    x, = args
+    args.clear()
+    buf0 = empty_strided_cpu((8, ), (1, ), torch.float32)
+    torch.add(x, 1, out=buf0)
+    buf1 = buf0; del buf0  # reuse
+    buf2 = reinterpret_tensor(buf1, (4, ), (1, ), 4)  # alias
+    buf3 = empty_strided_cpu((4, ), (1, ), torch.float32)
+    buf4 = buf3; del buf3  # reuse
+    torch.mul(buf2, 2, out=buf4)
+    buf5 = empty_strided_cpu((8, ), (1, ), torch.float32)
+    torch.add(x, 2, out=buf5)
+    buf6 = buf5.view(2, 4)
+    return (buf4, buf6, )
+"""
+
+
+def test_other_names(tmp_path):
+    """Memory that is used again gets another name, of which there are views. Catches names without a value, and results
+    that are kept under their first name, or though another function may have made a view of them."""
+    module = ModuleType("code")
+    module.__file__ = str(tmp_path / "code.py")
+    Path(module.__file__).write_text(CODE)
+    exec(CODE, vars(module))
+    kept = keep_buffers(module)
+    first = kept.call([torch.zeros(8)])
+    kept.call([torch.ones(8)])
+    assert kept.call is not module.call
+    assert first[0].tolist() == [2.0] * 4 and first[1].tolist() == [[2.0] * 4] * 2

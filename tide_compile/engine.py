@@ -17,6 +17,7 @@ from tide_compile.config import TIDEConfig
 from tide_compile.engine_stats import EngineStats, Totals
 from tide_compile.executor import rehearsal
 from tide_compile.generate_guard import generating_model, routed_through
+from tide_compile.passes.lower_linears import MOST_STREAMED
 from tide_compile.registry import resolve_bank
 from tide_compile.repeats import Repeats, repeat, repeating
 from tide_compile.routers import RouterBank
@@ -184,7 +185,7 @@ class TIDE:
                 self._compiled._orig_mod.forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
             self._recorded |= wanted
             self._hooks = _hooks_of(self._compiled._orig_mod)  # code that was compiled without them stays right
-        _mark_prompt_length(kwargs)
+        _mark_sizes(kwargs)
         return repeat(self._compiled, *args, **kwargs)
 
     def _static_cache(
@@ -202,6 +203,9 @@ class TIDE:
             self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
             if shape is not None:
                 self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
+            if batch_size <= MOST_STREAMED:
+                for tensor in (x for layer in self._cache.layers for x in vars(layer).values() if _has_rows(x)):
+                    torch._dynamo.mark_static(tensor, 0)
         return self._cache
 
 
@@ -209,16 +213,20 @@ def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]
     return [(m, hook) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks) for hook in d.values()]
 
 
-def _mark_prompt_length(kwargs: dict[str, object]) -> None:
-    """Compile prompts of all lengths as one dynamic shape from the first, not from the second on."""
+def _mark_sizes(kwargs: dict[str, object]) -> None:
+    """Compile prompts of all lengths as one dynamic shape from the first, not from the second on, and every small
+    number of sequences for itself: products of few rows have forms that need it."""
     ids = kwargs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] == 1:
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
         return
     masks = kwargs.get("attention_mask")
-    for tensor in (
-        ids,
-        kwargs.get("position_ids"),
-        *(masks.values() if isinstance(masks, dict) else (masks,)),
-    ):
+    for tensor in (ids, kwargs.get("position_ids"), *(masks.values() if isinstance(masks, dict) else (masks,))):
         if isinstance(tensor, Tensor):
-            torch._dynamo.maybe_mark_dynamic(tensor, 2 if tensor.dim() == 4 else 1)
+            if len(ids) <= MOST_STREAMED:
+                torch._dynamo.mark_static(tensor, 0)
+            if ids.shape[1] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2 if tensor.dim() == 4 else 1)
+
+
+def _has_rows(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

@@ -54,7 +54,7 @@ def keep_buffers(module: ModuleType) -> ModuleType:
 
 
 def _temporaries(call: ast.FunctionDef) -> list[ast.Assign]:
-    """The statements that allocate what can be kept or a view of it, in order."""
+    """The statements that allocate what can be kept, and those that give it another name or view, in order."""
     made: dict[str, ast.Assign] = {}
     memory: dict[str, str] = {}  # of which allocation a name is, or is a view
     leaving: set[str] = set()
@@ -71,7 +71,7 @@ def _temporaries(call: ast.FunctionDef) -> list[ast.Assign]:
             ):
                 memory[name], made[name] = memory[of], statement
             case ast.Assign([ast.Name(name)], ast.Name(of)) if name not in memory and of in memory:
-                memory[name] = memory[of]
+                memory[name], made[name] = memory[of], statement
             case ast.Expr() | ast.Delete():  # kernels, which return nothing
                 pass
             case _:
