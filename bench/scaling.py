@@ -158,6 +158,7 @@ def main() -> None:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install 'tide-compile[plot]'")
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each case has code for its sizes, as if it were alone
     model, _ = load_model(args.model, getattr(torch, args.dtype))
     n = model.config.num_hidden_layers
     depths = args.depths or [n * i // 6 for i in range(1, 6)]
