@@ -60,9 +60,11 @@ def _temporaries(call: ast.FunctionDef) -> list[ast.Assign]:
     leaving: set[str] = set()
     for statement in call.body:
         match statement:
-            case ast.Assign([ast.Name(name)], ast.Call(ast.Name("empty_strided_cpu"), sizes)) if name not in memory:
+            case ast.Assign(
+                [ast.Name(name)], ast.Call(ast.Name("empty_strided_cpu"), [size, stride, ast.Attribute(attr=dtype)])
+            ) if name not in memory:
                 memory[name] = name
-                if _bytes(sizes) <= _LARGEST:
+                if _bytes(size, stride, getattr(torch, dtype)) <= _LARGEST:
                     made[name] = statement
                 else:
                     leaving.add(name)
@@ -79,13 +81,11 @@ def _temporaries(call: ast.FunctionDef) -> list[ast.Assign]:
     return [statement for name, statement in made.items() if memory[name] not in leaving]
 
 
-def _bytes(arguments: list[ast.expr]) -> float:
-    sizes, strides, dtype = arguments
-    if not (_is_constant(sizes) and _is_constant(strides)):
+def _bytes(size: ast.expr, stride: ast.expr, dtype: torch.dtype) -> float:
+    if not (_is_constant(size) and _is_constant(stride)):
         return math.inf
-    shape = ast.literal_eval(sizes)
-    steps = zip(shape, ast.literal_eval(strides), strict=True)
-    return (1 + sum((size - 1) * stride for size, stride in steps)) * getattr(torch, dtype.attr).itemsize
+    steps = zip(ast.literal_eval(size), ast.literal_eval(stride), strict=True)
+    return (1 + sum((length - 1) * step for length, step in steps)) * dtype.itemsize
 
 
 def _is_constant(value: ast.expr) -> bool:
