@@ -29,6 +29,7 @@ from tide_compile.planning import CostModel, find_device
 from tide_compile.tuning import measured_decoding
 
 TABLES, WARM = ("exit after", "length", "batch", "prompt"), 4
+TURN = 4  # steps of a case, behind one that does not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[o
     """One row for each case. They take turns, because a shared machine's speed drifts; what predictions need of the
     machine is measured before and after, and their mean is taken."""
     devices = [device_now(model)]
-    timings = interleave({case.name: case.step for case in cases}, rounds)
+    timings = interleave({case.name: case.step for case in cases}, rounds, steps=TURN, uncounted=1)
     devices.append(device_now(model))
     rows = []
     for case in cases:
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048])
-    parser.add_argument("--rounds", type=int, default=15, help="steps timed per case; the cases of a table take turns")
+    parser.add_argument("--rounds", type=int, default=5, help=f"turns of {TURN} steps")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--plot", help="write a picture to this PNG file")
     parser.add_argument("--json", help="also write the results to <json>.<table>")
