@@ -116,13 +116,17 @@ def without_exits(model: nn.Module, costs: CostModel, sizes: Sequence[tuple[int,
 
 @torch.no_grad()
 def prompts(model: nn.Module, lengths: Sequence[int]) -> list[Case]:
-    """Predicted: the operations at the speed of a large product."""
+    """Predicted: the operations at the speed of products of so many rows."""
     call, cases = torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), []
     for length in lengths:
         ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
         torch._dynamo.maybe_mark_dynamic(ids, 1)
         count = operations(model, ids)
-        cases.append(Case.warm(length, prompt(model, call, ids), lambda device, n=count: n / device.flops * 1e3))
+
+        def predicted(device: Device, length: int = length, count: int = count) -> float:
+            return count / device.for_rows(length).flops * 1e3
+
+        cases.append(Case.warm(length, prompt(model, call, ids), predicted))
     return cases
 
 
