@@ -2,8 +2,8 @@
 
 Four tables, and with ``--plot FILE.png`` a picture of them: ms per token as the engine's ``generate`` runs it, against
 the depth of the exit, with all tokens leaving, and without exits against the length of the cache, the batch, and the
-length of a prompt. Predictions are made for this machine (``tide plan --device cpu``), which is measured before and
-after each table; memory is the largest resident size of the process when a case had run first.
+length of a prompt. Predictions are made for this machine (``tide plan --device cpu``), which is measured in
+each turn; memory is the largest resident size of the process when a case had run first.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import argparse
 import importlib.util
 import resource
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from tide_compile.passes.cost import Device
 from torch import nn
+from tqdm import tqdm
 from transformers import StaticCache
 
 from bench.decode import in_engine
 from bench.models import SMOLLM2, load_model
 from bench.prefill import operations, prompt
-from bench.report import interleave, show, timed
+from bench.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
 from tide_compile.planning import CostModel, find_device
 from tide_compile.tuning import measured_decoding
@@ -50,14 +52,18 @@ class Case:
 
 
 def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[object]]:
-    """One row for each case. They take turns, because a shared machine's speed drifts; what predictions need of the
-    machine is measured before and after, and their mean is taken."""
-    devices = [device_now(model)]
-    timings = interleave({case.name: case.step for case in cases}, rounds, steps=TURN, uncounted=1)
-    devices.append(device_now(model))
+    """One row for each case. They take turns with each other and with measuring what predictions need of the machine,
+    because a shared one's speed changes within seconds; of the predictions, too, the median is taken."""
+    devices, timings = [], defaultdict(Timing)
+    steps = {case.name: case.step for case in cases}
+    for _ in tqdm(range(rounds), "turns"):
+        devices.append(device_now(model))
+        for name, timing in interleave(steps, 1, steps=TURN, uncounted=1).items():
+            timings[name].seconds += timing.seconds
+    show_devices(devices)
     rows = []
     for case in cases:
-        timing, predicted = timings[case.name], statistics.fmean(map(case.predicted, devices))
+        timing, predicted = timings[case.name], statistics.median(map(case.predicted, devices))
         share = predicted / (timing.median * 1e3)
         rows.append([case.name, *timing.cells(), f"{predicted:.1f}", f"{share:.2f}", f"{case.memory:.1f}"])
     return rows
@@ -65,13 +71,19 @@ def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[o
 
 def device_now(model: nn.Module) -> Device:
     measured_decoding.cache_clear()
-    device = find_device("cpu", model.dtype, model.config)
-    print(
-        f"{device.bandwidth / 1e9:.1f} GB/s of weights, {device.keys / 1e9:.1f} of keys; GFLOP/s of products of rows: "
-        + ", ".join(f"{rows}: {speed / 1e9:.0f}" for rows, speed in device.few),
-        flush=True,
-    )
-    return device
+    return find_device("cpu", model.dtype, model.config)
+
+
+def show_devices(devices: Sequence[Device]) -> None:
+    """Medians of what was measured, and how far it went."""
+
+    def told(value: Callable[[Device], float]) -> str:
+        values = sorted(value(device) / 1e9 for device in devices)
+        return f"{statistics.median(values):.0f} ({values[0]:.0f} to {values[-1]:.0f})"
+
+    few = [f"{rows}: {told(lambda d, i=i: d.few[i][1])}" for i, (rows, _) in enumerate(devices[0].few)]
+    print(f"GB/s of weights: {told(lambda d: d.bandwidth)}, of keys: {told(lambda d: d.keys)}")
+    print(f"GFLOP/s of products of rows: {', '.join(few)}", flush=True)
 
 
 @torch.no_grad()
@@ -155,7 +167,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048])
-    parser.add_argument("--rounds", type=int, default=5, help=f"turns of {TURN} steps")
+    parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN} steps")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--plot", help="write a picture to this PNG file")
     parser.add_argument("--json", help="also write the results to <json>.<table>")

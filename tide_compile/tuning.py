@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
     speeds = []
     for rows in _FEW:
         linears = Linears(rows, outs, ins, dtype, dtype)
-        speeds.append(2.0 * rows * sum(outs) * ins / min(_seconds(_candidates(linears), linears).values()))
+        speeds.append(2.0 * rows * sum(outs) * ins / min(_seconds(_candidates(linears), linears, median).values()))
     bandwidth = speeds[0] / 2 * dtype.itemsize
     return Device(speeds[-1], bandwidth, _LOOP, _attention(dtype, shared), tuple(zip(_FEW, speeds, strict=True)))
 
@@ -94,7 +94,7 @@ def _attention(dtype: torch.dtype, shared: int) -> float:
     count = _WORKING_SET // (2 * groups * length * size * dtype.itemsize)
     keys = torch.ones(2 * count, 1, groups, length, size, dtype=dtype).unbind()
     pairs = list(zip(keys[::2], keys[1::2], strict=True))
-    seconds = min(_once(lambda _, pair: run(query, *pair), query, pairs) for _ in range(_ROUNDS))
+    seconds = median(_once(lambda _, pair: run(query, *pair), query, pairs) for _ in range(_ROUNDS))
     return sum(k.nbytes for k in keys) / seconds
 
 
@@ -135,9 +135,11 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
     return compile_graph(graph, [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")])
 
 
-def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linears: Linears) -> dict[Form, float]:
-    """Of each product, the least of some rounds in which they take turns, because whatever else the machine does adds.
-    Of very large weights a part will do."""
+def _seconds(
+    products: dict[Form, Callable[[Tensor, Tensor], object]], linears: Linears, of: Callable[[list[float]], float] = min
+) -> dict[Form, float]:
+    """``of`` the rounds of each product, in which they take turns: the least compares them, because whatever else the
+    machine does adds; the median is what to expect. Of very large weights a part will do."""
     total, per_row = sum(linears.outs), linears.ins * linears.stored.itemsize
     most = min(_WORKING_SET / (2 * per_row), _OPERATIONS / (2 * linears.rows * linears.ins))
     outs = min(total, int(most)) // _PARTS * _PARTS or _PARTS
@@ -148,15 +150,13 @@ def _seconds(products: dict[Form, Callable[[Tensor, Tensor], object]], linears: 
     weights = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     for product in products.values():
         product(x, weights[0])
-    least = dict.fromkeys(products, math.inf)
-    rounds, spent = 0, 0.0
-    while rounds < _ROUNDS or spent < _LEAST:
+    seconds: dict[Form, list[float]] = {form: [_once(product, x, weights)] for form, product in products.items()}
+    while max(map(len, seconds.values())) < _ROUNDS or sum(map(sum, seconds.values())) < _LEAST:
+        least = min(map(min, seconds.values()))
         for form, product in products.items():
-            if not rounds or least[form] < _FAR * min(least.values()):
-                seconds = _once(product, x, weights)
-                least[form], spent = min(least[form], seconds / count), spent + seconds
-        rounds += 1
-    return {form: seconds * total / outs for form, seconds in least.items()}
+            if min(seconds[form]) < _FAR * least:
+                seconds[form].append(_once(product, x, weights))
+    return {form: of(rounds) / count * total / outs for form, rounds in seconds.items()}
 
 
 def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
