@@ -3,8 +3,8 @@
 Dynamo looks at everything that its code depends on before each call: 6,000 guards for 30 layers. A token reads all
 weights, so none of that is in the processor's caches any more, and this takes 1.5 ms where it would take 0.4. Inside
 ``generate`` little can change between two tokens. So once a call is like the one before it, its guards are evaluated
-here, and further calls of that kind run the code that passed. When there are no more, the guards are evaluated again:
-were they to fail now, the model was changed in the meantime, and that is an error.
+here, and further calls of that kind run the code that passed, or its graph alone (``replay``). When there are no more,
+the guards are evaluated again: were they to fail now, the model was changed in the meantime, and that is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from tide_compile.errors import ModelChangedError
+from tide_compile.replay import Replay
 
 _VALUES = (bool, int, float, str, type(None))
 _Kind = tuple[tuple[object, ...], ...]
@@ -42,7 +43,7 @@ class Repeats:
         self.compiled = compiled
         self._weight = next(compiled._orig_mod.parameters())
         self._kind: _Kind | None = None
-        self._run: Callable[..., object] | None = None
+        self._run: Replay | None = None
         self._holds: Callable[[dict[str, object]], bool] | None = None
         self._latest: dict[str, object] | None = None
 
@@ -56,7 +57,7 @@ class Repeats:
             return self.compiled(**kwargs)
         self._latest = kwargs
         try:
-            return self._run(self.compiled._orig_mod, **kwargs)
+            return self._run(self.compiled._orig_mod, kwargs)
         except Exception:
             self.finish()  # a changed model explains any error, such as a module that is gone
             raise
@@ -65,7 +66,7 @@ class Repeats:
         """Evaluate the guards of what ran without them."""
         if self._latest is not None:
             with torch.no_grad():
-                holds = self._holds(self._latest)
+                holds = self._holds(self._latest) and self._run.is_valid(self.compiled._orig_mod, self._latest)
             self._run = self._holds = self._latest = None
             if not holds:
                 raise ModelChangedError(
@@ -83,9 +84,7 @@ class Repeats:
         for entry in eval_frame._get_cache_entries_for_region(function.__code__, region):
             holds = _guards(entry.guard_manager.check, function, model)
             if entry.code.co_freevars == function.__code__.co_freevars and holds(kwargs):
-                run = FunctionType(entry.code, function.__globals__, None, function.__defaults__, function.__closure__)
-                run.__kwdefaults__ = function.__kwdefaults__
-                self._run, self._holds = run, holds
+                self._run, self._holds = Replay(entry.code, function), holds
                 return True
         return False
 
