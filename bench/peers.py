@@ -5,7 +5,9 @@ tokens less that of 1): eager, stock Inductor, tide without exits, tide with all
 transformers' ``assistant_early_exit`` there, with ``--router FILE`` tide with the thresholds of that file (tokens take
 as long as they need, so look at its mean), and, where they are installed, ``tide-inference`` 0.2.1 from PyPI
 (untrained routers, threshold 1: nobody leaves) and llama.cpp (llama-cpp-python, the same weights written in the dtype
-of the run). ``same``: of the first 32 greedy tokens, how many come before the first that differs from eager's.
+of the run). ``engine``: as the engine's ``generate`` runs it; all other compiled ones are plain ``torch.compile``, with
+Dynamo's guards for every token. ``same``: of the first 32 greedy tokens, how many come before the first that differs
+from eager's.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import nn
 from transformers import StaticCache
 
+from bench.decode import in_engine
 from bench.models import SMOLLM2, load_model
 from bench.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
@@ -176,7 +179,9 @@ def contenders(
         "eager": compiled(model, model, ids),
         "inductor": compiled(model, torch.compile(model), ids),
         "tide off": compiled(model, torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), ids),
+        "tide off, engine": compiled(model, in_engine(model, {"exit_threshold": 1.0}), ids),
         f"tide exit {n // 3}": compiled(model, torch.compile(model, backend="tide", options=forced), ids),
+        f"tide exit {n // 3}, engine": compiled(model, in_engine(model, forced), ids),
         **dict(routed(model, ids, path) for path in routers),
         "assistant_early_exit": early_exit_assistant(model, ids),
     }
