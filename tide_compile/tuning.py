@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
 from torch._guards import tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -75,11 +76,14 @@ def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
     in which ``shared`` queries read each key."""
     outs, ins = (1 << 11, 1 << 11), 1 << 10
     speeds = []
-    for rows in _FEW:
-        linears = Linears(rows, outs, ins, dtype, dtype)
-        speeds.append(2.0 * rows * sum(outs) * ins / min(_seconds(_candidates(linears), linears, median).values()))
+    with compile_lock:  # else a product that another thread has begun to compile could be taken for ready
+        for rows in _FEW:
+            linears = Linears(rows, outs, ins, dtype, dtype)
+            seconds = _seconds(_candidates(linears), linears, median)
+            speeds.append(2.0 * rows * sum(outs) * ins / min(seconds.values()))
+        keys = _attention(dtype, shared)
     bandwidth = speeds[0] / 2 * dtype.itemsize
-    return Device(speeds[-1], bandwidth, _LOOP, _attention(dtype, shared), tuple(zip(_FEW, speeds, strict=True)))
+    return Device(speeds[-1], bandwidth, _LOOP, keys, tuple(zip(_FEW, speeds, strict=True)))
 
 
 def _attention(dtype: torch.dtype, shared: int) -> float:
