@@ -25,47 +25,63 @@ from transformers import StaticCache
 from bench.decode import in_engine
 from bench.models import SMOLLM2, load_model
 from bench.prefill import operations, prompt
-from bench.report import Timing, interleave, show, timed
+from bench.report import Timing, show, timed
 from tide_compile import RouterBank
 from tide_compile.planning import CostModel, find_device
 from tide_compile.tuning import measured_decoding
 
 TABLES, WARM = ("exit after", "length", "batch", "prompt"), 4
-TURN = 4  # steps of a case, behind one that does not count
+TURN = 4, 1  # steps of a case, behind one that does not count
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``step``: seconds of one. ``predicted``: ms of one on a device. ``memory``: resident GB once it had run."""
+    """``step``: seconds of one. ``predicted``: ms of one on a device. ``memory``: resident GB once it had run.
+    ``turn``: steps that are timed one after the other, behind ``uncounted`` ones."""
 
     name: object
     step: Callable[[], float]
     predicted: Callable[[Device], float]
     memory: float
+    turn: int
+    uncounted: int
 
     @classmethod
-    def warm(cls, name: object, step: Callable[[], float], predicted: Callable[[Device], float]) -> Case:
+    def warm(
+        cls, name: object, step: Callable[[], float], predicted: Callable[[Device], float], turn: int, uncounted: int
+    ) -> Case:
         for _ in range(WARM):
             step()
         print(f"{name} is compiled", flush=True)
-        return cls(name, step, predicted, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return cls(name, step, predicted, memory, turn, uncounted)
+
+    def time(self) -> list[float]:
+        """Seconds of one turn."""
+        for _ in range(self.uncounted):
+            self.step()
+        return [self.step() for _ in range(self.turn)]
 
 
 def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[object]]:
-    """One row for each case. They take turns with each other and with measuring what predictions need of the machine,
-    because a shared one's speed changes within seconds; of the predictions, too, the median is taken."""
-    devices, timings = [], defaultdict(Timing)
-    steps = {case.name: case.step for case in cases}
+    """One row for each case. They take turns, and right before each the machine is measured for its prediction,
+    because a shared one changes within seconds; of the predictions and their ratios, too, the medians are taken."""
+    devices = []
+    timings, predictions, shares = (defaultdict(kind) for kind in (Timing, list, list))
     for _ in tqdm(range(rounds), "turns"):
-        devices.append(device_now(model))
-        for name, timing in interleave(steps, 1, steps=TURN, uncounted=1).items():
-            timings[name].seconds += timing.seconds
+        for case in cases:
+            devices.append(device_now(model))
+            seconds, predicted = case.time(), case.predicted(devices[-1])
+            timings[case.name].seconds += seconds
+            predictions[case.name].append(predicted)
+            shares[case.name].append(predicted / (statistics.median(seconds) * 1e3))
     show_devices(devices)
     rows = []
     for case in cases:
-        timing, predicted = timings[case.name], statistics.median(map(case.predicted, devices))
-        share = predicted / (timing.median * 1e3)
-        rows.append([case.name, *timing.cells(), f"{predicted:.1f}", f"{share:.2f}", f"{case.memory:.1f}"])
+        low, middle, high = statistics.quantiles(shares[case.name], n=4)
+        predicted = f"{statistics.median(predictions[case.name]):.1f}"
+        share = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([case.name, *timings[case.name].cells(), predicted, share, f"{case.memory:.1f}"])
     return rows
 
 
@@ -109,7 +125,9 @@ def by_depth(model: nn.Module, costs: CostModel, length: int) -> list[Case]:
     for depth in costs.depths:
         forced = {"router": bank, "exit_threshold": 0.0, "min_layers": depth, "checkpoint_interval": depth}
         step = token(model, in_engine(model, forced), 1, length)
-        cases.append(Case.warm(depth, step, lambda device, d=depth: costs.forecast(device, 1, length, d, 1.0).on))
+        cases.append(
+            Case.warm(depth, step, lambda device, d=depth: costs.forecast(device, 1, length, d, 1.0).on, *TURN)
+        )
     return cases
 
 
@@ -122,7 +140,7 @@ def without_exits(model: nn.Module, costs: CostModel, sizes: Sequence[tuple[int,
         def predicted(device: Device, batch: int = batch, length: int = length) -> float:
             return costs.forecast(device, batch, length, costs.depths[0], 0.0).off
 
-        cases.append(Case.warm(f"{batch} x {length}", step, predicted))
+        cases.append(Case.warm(f"{batch} x {length}", step, predicted, *TURN))
     return cases
 
 
@@ -138,7 +156,7 @@ def prompts(model: nn.Module, lengths: Sequence[int]) -> list[Case]:
         def predicted(device: Device, length: int = length, count: int = count) -> float:
             return count / device.for_rows(length).flops * 1e3
 
-        cases.append(Case.warm(length, prompt(model, call, ids), predicted))
+        cases.append(Case.warm(length, prompt(model, call, ids), predicted, 1, 0))
     return cases
 
 
@@ -167,7 +185,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048])
-    parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN} steps")
+    parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN[0]} steps")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--plot", help="write a picture to this PNG file")
     parser.add_argument("--json", help="also write the results to <json>.<table>")

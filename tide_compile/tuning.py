@@ -31,7 +31,7 @@ _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it 
 _ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
 _FEW = (1, 4, 16, 64, 256)  # rows of products that are measured for predictions
 _LOOP = 4e-6  # seconds that the beginning of a loop on all cores costs
-_OPERATIONS = 2e9  # of one product that is measured, at most
+_OPERATIONS = 2e9  # of the products that are measured in turn; with more, time is that of multiplying, not of reading
 _FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
@@ -75,15 +75,15 @@ def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
     """This CPU as decoding finds it: products of ``_FEW`` rows in their fastest forms, streamed weights, and attention
     in which ``shared`` queries read each key."""
     outs, ins = (1 << 11, 1 << 11), 1 << 10
-    speeds = []
+    speeds: dict[int, float] = {}
     with compile_lock:  # else a product that another thread has begun to compile could be taken for ready
-        for rows in _FEW:
+        keys = _attention(dtype, shared)
+        for rows in reversed(_FEW):
             linears = Linears(rows, outs, ins, dtype, dtype)
             seconds = _seconds(_candidates(linears), linears, median)
-            speeds.append(2.0 * rows * sum(outs) * ins / min(seconds.values()))
-        keys = _attention(dtype, shared)
-    bandwidth = speeds[0] / 2 * dtype.itemsize
-    return Device(speeds[-1], bandwidth, _LOOP, keys, tuple(zip(_FEW, speeds, strict=True)))
+            speeds[rows] = 2.0 * rows * sum(outs) * ins / min(seconds.values())
+    bandwidth = speeds[_FEW[0]] / (2 * _FEW[0]) * dtype.itemsize
+    return Device(speeds[_FEW[-1]], bandwidth, _LOOP, keys, tuple(sorted(speeds.items())))
 
 
 def _attention(dtype: torch.dtype, shared: int) -> float:
@@ -147,9 +147,8 @@ def _seconds(
     total, per_row = sum(linears.outs), linears.ins * linears.stored.itemsize
     most = min(_WORKING_SET / (2 * per_row), _OPERATIONS / (2 * linears.rows * linears.ins))
     outs = min(total, int(most)) // _PARTS * _PARTS or _PARTS
-    count = max(2, min(256, _WORKING_SET // (outs * per_row)))
-    if linears.rows > MOST_STREAMED:
-        count = max(2, count // linears.rows)  # the time is that of multiplying
+    few_operations = int(_OPERATIONS / (2 * linears.rows * linears.ins * outs))
+    count = max(2, min(256, _WORKING_SET // (outs * per_row), few_operations))
     x = torch.ones(linears.rows, linears.ins, dtype=linears.dtype)
     weights = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     for product in products.values():
