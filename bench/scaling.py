@@ -2,8 +2,9 @@
 
 Four tables, and with ``--plot FILE.png`` a picture of them: ms per token as the engine's ``generate`` runs it, against
 the depth of the exit, with all tokens leaving, and without exits against the length of the cache, the batch, and the
-length of a prompt. Predictions are made for this machine (``tide plan --device cpu``), which is measured in
-each turn; memory is the largest resident size of the process when a case had run first.
+length of a prompt. Predictions are made for this machine (``tide plan --device cpu``), which is measured right
+before each turn; prompts run in plain ``torch.compile``; memory is the largest resident size of the process when a case
+had run first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from transformers import StaticCache
 from bench.decode import in_engine
 from bench.models import SMOLLM2, load_model
 from bench.prefill import operations, prompt
-from bench.report import Timing, show, timed
+from bench.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
 from tide_compile.planning import CostModel, find_device
 from tide_compile.tuning import measured_decoding
@@ -37,30 +38,23 @@ TURN = 4, 1  # steps of a case, behind one that does not count
 @dataclass(frozen=True, slots=True)
 class Case:
     """``step``: seconds of one. ``predicted``: ms of one on a device. ``memory``: resident GB once it had run.
-    ``turn``: steps that are timed one after the other, behind ``uncounted`` ones."""
+    ``turn``: steps that are timed one after the other, and how many before them do not count."""
 
     name: object
     step: Callable[[], float]
     predicted: Callable[[Device], float]
     memory: float
-    turn: int
-    uncounted: int
+    turn: tuple[int, int]
 
     @classmethod
     def warm(
-        cls, name: object, step: Callable[[], float], predicted: Callable[[Device], float], turn: int, uncounted: int
+        cls, name: object, step: Callable[[], float], predicted: Callable[[Device], float], turn: tuple[int, int] = TURN
     ) -> Case:
         for _ in range(WARM):
             step()
         print(f"{name} is compiled", flush=True)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return cls(name, step, predicted, memory, turn, uncounted)
-
-    def time(self) -> list[float]:
-        """Seconds of one turn."""
-        for _ in range(self.uncounted):
-            self.step()
-        return [self.step() for _ in range(self.turn)]
+        return cls(name, step, predicted, memory, turn)
 
 
 def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[object]]:
@@ -71,10 +65,10 @@ def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[o
     for _ in tqdm(range(rounds), "turns"):
         for case in cases:
             devices.append(device_now(model))
-            seconds, predicted = case.time(), case.predicted(devices[-1])
-            timings[case.name].seconds += seconds
-            predictions[case.name].append(predicted)
-            shares[case.name].append(predicted / (statistics.median(seconds) * 1e3))
+            timing = interleave({case.name: case.step}, 1, *case.turn)[case.name]
+            timings[case.name].seconds += timing.seconds
+            predictions[case.name].append(case.predicted(devices[-1]))
+            shares[case.name].append(predictions[case.name][-1] / (timing.median * 1e3))
     show_devices(devices)
     rows = []
     for case in cases:
@@ -125,9 +119,7 @@ def by_depth(model: nn.Module, costs: CostModel, length: int) -> list[Case]:
     for depth in costs.depths:
         forced = {"router": bank, "exit_threshold": 0.0, "min_layers": depth, "checkpoint_interval": depth}
         step = token(model, in_engine(model, forced), 1, length)
-        cases.append(
-            Case.warm(depth, step, lambda device, d=depth: costs.forecast(device, 1, length, d, 1.0).on, *TURN)
-        )
+        cases.append(Case.warm(depth, step, lambda device, d=depth: costs.forecast(device, 1, length, d, 1.0).on))
     return cases
 
 
@@ -140,7 +132,7 @@ def without_exits(model: nn.Module, costs: CostModel, sizes: Sequence[tuple[int,
         def predicted(device: Device, batch: int = batch, length: int = length) -> float:
             return costs.forecast(device, batch, length, costs.depths[0], 0.0).off
 
-        cases.append(Case.warm(f"{batch} x {length}", step, predicted, *TURN))
+        cases.append(Case.warm(f"{batch} x {length}", step, predicted))
     return cases
 
 
@@ -156,7 +148,7 @@ def prompts(model: nn.Module, lengths: Sequence[int]) -> list[Case]:
         def predicted(device: Device, length: int = length, count: int = count) -> float:
             return count / device.for_rows(length).flops * 1e3
 
-        cases.append(Case.warm(length, prompt(model, call, ids), predicted, 1, 0))
+        cases.append(Case.warm(length, prompt(model, call, ids), predicted, (1, 0)))
     return cases
 
 
@@ -185,11 +177,13 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024, 2048])
-    parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN[0]} steps")
+    parser.add_argument("--rounds", type=int, default=10, help=f"turns of {TURN[0]} steps, of prompts one")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="default: all")
     parser.add_argument("--plot", help="write a picture to this PNG file")
     parser.add_argument("--json", help="also write the results to <json>.<table>")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install 'tide-compile[plot]'")
     torch._dynamo.config.recompile_limit = 64

@@ -31,7 +31,7 @@ _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it 
 _ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
 _FEW = (1, 4, 16, 64, 256)  # rows of products that are measured for predictions
 _LOOP = 4e-6  # seconds that the beginning of a loop on all cores costs
-_OPERATIONS = 2e9  # of the products that are measured in turn; with more, time is that of multiplying, not of reading
+_OPERATIONS = 2e9  # of one product, and of those that are measured in turn: beyond that multiplying takes the time
 _FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
@@ -78,7 +78,7 @@ def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
     speeds: dict[int, float] = {}
     with compile_lock:  # else a product that another thread has begun to compile could be taken for ready
         keys = _attention(dtype, shared)
-        for rows in reversed(_FEW):
+        for rows in reversed(_FEW):  # what decoding waits for last, so that it is of the latest moment
             linears = Linears(rows, outs, ins, dtype, dtype)
             seconds = _seconds(_candidates(linears), linears, median)
             speeds[rows] = 2.0 * rows * sum(outs) * ins / min(seconds.values())
@@ -147,8 +147,8 @@ def _seconds(
     total, per_row = sum(linears.outs), linears.ins * linears.stored.itemsize
     most = min(_WORKING_SET / (2 * per_row), _OPERATIONS / (2 * linears.rows * linears.ins))
     outs = min(total, int(most)) // _PARTS * _PARTS or _PARTS
-    few_operations = int(_OPERATIONS / (2 * linears.rows * linears.ins * outs))
-    count = max(2, min(256, _WORKING_SET // (outs * per_row), few_operations))
+    operations = 2 * linears.rows * linears.ins * outs
+    count = max(2, min(256, _WORKING_SET // (outs * per_row), int(_OPERATIONS // operations)))
     x = torch.ones(linears.rows, linears.ins, dtype=linears.dtype)
     weights = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     for product in products.values():
