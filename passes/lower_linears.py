@@ -8,20 +8,21 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from tide_compile.kernels import route
+from tide_compile.kernels.linear import can_multiply, linear, packed_linear
 from tide_compile.passes.fx_tools import insert_traced, replace_traced, value_of
 from torch import Tensor
 from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-Form = Literal["aten", "stream", "swapped"]
+Form = Literal["aten", "stream", "swapped", "onednn", "onednn swapped", "packed"]
 
 MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 CHUNKS = 4  # of a weight that are read side by side: accumulators that do not wait for each other
@@ -100,17 +101,55 @@ def stream(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None, dtype
     return result if bias is None else result + bias
 
 
-def swapped(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def swapped(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    by: Callable[[Tensor, Tensor], Tensor] = torch.nn.functional.linear,
+) -> Tensor:
     """x [M, K] times the transpose of a weight [N, K], as the transpose of the product of the weight with that of x.
 
     Libraries copy the second factor into an order of their own before they multiply, and here that is the smaller one.
-    Products are in fp32, for which a weight in less is converted part by part: processors without instructions for
-    products in bf16 or fp16 take several times as long for those. The result is in ``dtype`` or that of ``x``.
+    Products ``by`` oneDNN are in the dtype of ``x`` and the weight if that is one, and the processor has instructions
+    for it. All others are in fp32, for which a weight in less is converted part by part: without instructions, products
+    in bf16 or fp16 take several times as long. The result is in ``dtype`` or that of ``x``.
     """
-    parts = [weight] if weight.dtype == torch.float32 else weight.split(max(1, _TEMPORARY // (4 * weight.shape[1])))
-    columns = [torch.mm(part.float(), x.float().t()) for part in parts]
+    parts, kind = [weight], weight.dtype
+    if not (by is linear and kind == x.dtype and can_multiply(kind)) and kind != torch.float32:
+        parts, kind = weight.split(max(1, _TEMPORARY // (4 * weight.shape[1]))), torch.float32
+    columns = [by(part.to(kind), x.to(kind)) for part in parts]
     result = (columns[0] if len(columns) == 1 else torch.cat(columns)).t().to(dtype or x.dtype)
     return result if bias is None else result + bias
+
+
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """x [M, K] times the transpose of a weight [N, K] of the same dtype. The result is in ``dtype`` or that of
+    ``x``."""
+    result = linear(x, weight).to(dtype or x.dtype)
+    return result if bias is None else result + bias
+
+
+WRITTEN: dict[Form, Callable[..., Tensor]] = {
+    "swapped": swapped,
+    "onednn": by_onednn,
+    "onednn swapped": functools.partial(swapped, by=linear),
+}
+
+
+def possible_forms(linears: Linears, pack_weights: bool = False) -> list[Form]:
+    """The forms that a product can take here, and that may be the fastest."""
+    many, whole = linears.rows > MOST_STREAMED, linears.stored == linears.dtype
+    able = can_multiply(linears.dtype) and whole
+    found: dict[Form, bool] = {
+        "aten": True,
+        "stream": not many,
+        "swapped": linears.rows > 1,
+        "onednn": many and able and linears.dtype == torch.float32,  # which ATen takes in less
+        "onednn swapped": many and can_multiply(torch.float32),
+        "packed": pack_weights and many and able,
+    }
+    return [form for form, possible in found.items() if possible]
 
 
 def part_size(outs: Sequence[int]) -> int:
@@ -125,9 +164,11 @@ class LowerLinears(CustomGraphPass):
     """Rewrite products in the forms that are listed for them; the others stay as they are.
 
     Before: ``mm(x, permute(w))``, with ``w`` an input of the graph, maybe converted to the dtype of ``x``. After: sums
-    of elementwise products, see ``stream``, or the product of the transposes, see ``swapped``.
+    of elementwise products, see ``stream``, the product of the transposes, see ``swapped``, or a call of oneDNN, see
+    ``by_onednn``.
 
-    Safe because all compute the same sums of products; weights are neither kept in a copy nor reordered.
+    Safe because all compute the same sums of products; weights are neither kept in a copy nor reordered, but for those
+    of the form "packed".
     """
 
     def __init__(self, forms: Mapping[Linears, Form]) -> None:
@@ -149,32 +190,55 @@ class LowerLinears(CustomGraphPass):
             x, outs = products[0].args[-2], sorted(_value(node).shape[1] for node in products)
             (rows, ins), dtype = _value(x).shape, _value(x).dtype
             form = self.forms.get(Linears(rows_like(rows), tuple(outs), ins, dtype, stored))
-            if form is None:
-                continue
-            if form == "stream":
-                shared = _realized(graph, x, (rows, ins))
-            for node in products:
-                *bias, x, transposed = node.args
+            if form == "packed":
+                _write_packed(graph, products)
+            elif form is not None:
                 if form == "stream":
-                    x, written = shared, functools.partial(_streamed, size=part_size(outs), dtype=dtype)
-                else:
-                    written = functools.partial(swapped, dtype=dtype)
-                replace_traced(graph, node, [x, _weight_of(transposed), *bias], written)
+                    shared = _realized(graph, x, (rows, ins))
+                for node in products:
+                    *bias, x, transposed = node.args
+                    if form == "stream":
+                        x, written = shared, functools.partial(_streamed, size=part_size(outs), dtype=dtype)
+                    else:
+                        written = functools.partial(WRITTEN[form], dtype=dtype)
+                    replace_traced(graph, node, [x, _weight_of(transposed), *bias], written)
 
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: int, dtype: torch.dtype) -> Tensor:
     return stream(x, weight.split(size), bias, dtype)
 
 
+def _write_packed(graph: Graph, products: Sequence[Node]) -> None:
+    """One product for all, of which each takes its columns."""
+    rows, ins = _value(products[0].args[-2]).shape
+
+    def whole(*operands: Tensor) -> Tensor:
+        x, *weights = operands
+        return packed_linear(x.reshape(rows, ins), weights)
+
+    weights = [_weight_of(node.args[-1]) for node in products]
+    result = _insert_behind(graph, products[0].args[-2], weights, whole)
+    start = 0
+    for node in products:
+        end = start + _value(node).shape[1]
+        replace_traced(graph, node, [result, *node.args[:-2]], functools.partial(_columns, start=start, end=end))
+        start = end
+
+
+def _columns(result: Tensor, bias: Tensor | None = None, *, start: int, end: int) -> Tensor:
+    return result[:, start:end] if bias is None else result[:, start:end] + bias
+
+
 def _realized(graph: Graph, x: Node, shape: tuple[int, int]) -> Node:
     """``x`` in fp32 and in memory. Inductor would compute it anew for each row of a weight, a norm's root and all."""
+    return _insert_behind(graph, x, [], lambda value: in_memory(value.float()).view(shape))
+
+
+def _insert_behind(graph: Graph, x: Node, others: list[Node], function: Callable[..., Tensor]) -> Node:
+    """``function`` of what ``x`` is a view of, as early as that is there, and of ``others``, which are inputs."""
     origin = _origin(x)
     after = graph.find_nodes(op="placeholder")[-1] if origin.op == "placeholder" else origin
-
-    def wide(value: Tensor) -> Tensor:
-        return in_memory(value.float()).view(shape)
-
-    return insert_traced(graph, after, [origin], wide)
+    return insert_traced(graph, after, [origin, *others], function)
 
 
 def in_memory(x: Tensor) -> Tensor:

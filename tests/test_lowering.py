@@ -1,5 +1,6 @@
 """Products and attention of few rows take another form inside Inductor, and give the same numbers."""
 
+import gc
 import json
 import logging
 import threading
@@ -9,7 +10,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
-from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size, rows_like
+from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size, possible_forms, rows_like
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -18,11 +19,12 @@ from transformers import StaticCache
 from tests.checks import assert_close
 from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
 from tests.test_passes import capture
-from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, lowering, record_times, tuning
+from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, lowering, packed_bytes, record_times, tuning
 from tide_compile.inductor_code import compiling_together
 
 aten = torch.ops.aten
 MEASURED = tuning._seconds  # before each test has its own
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -95,6 +97,49 @@ def test_swapped(dtype, monkeypatch):
     assert spy.count[aten.mm.default] == (3 if dtype == torch.float32 else 5) and not spy.count[aten.addmm.default]
     products = {n.args[0].meta["val"].dtype for n in spy.graph.find_nodes(op="call_function", target=aten.mm.default)}
     assert products == {torch.float32, dtype}
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["onednn", "onednn swapped", "packed"])
+def test_onednn(form):
+    """Rows of a number that only the run tells. Catches columns of another product, a lost bias, an input of another
+    shape, and products that stay as they were."""
+    k, q, v, other = (random(*s, seed=i) for i, s in enumerate([(16, 48), (48, 48), (16, 48), (24, 48)]))
+    bias, length = random(16, seed=9), {7: random(2, 7, 48, seed=8), 9: random(2, 9, 48, seed=7)}
+
+    def function(x):
+        return linear(x, k, bias), linear(x, q), linear(x[:, :, :], v), linear(x.cos(), other)
+
+    run, spy = compiled_with(function, LowerLinears({Linears(256, (16, 16, 48), 48, k.dtype, k.dtype): form}))
+    for given in length.values():
+        torch._dynamo.mark_dynamic(given, 1)
+        for got, want in zip(run(given), function(given), strict=True):
+            assert_close(got, want)
+    ops = torch.ops.tide.packed_linear.default if form == "packed" else torch.ops.tide.linear.default
+    assert spy.count[ops] == (1 if form == "packed" else 3)
+    assert spy.count[aten.mm.default] == 1 and not spy.count[aten.addmm.default]
+
+
+@needs_onednn
+@torch.no_grad()
+def test_packed_weights(monkeypatch):
+    """Catches copies that are made for every call, that outlive their weights, or of values that are gone."""
+    monkeypatch.setattr(lowering, "fastest_forms", lambda found, pack: {n: possible_forms(n, pack)[-1] for n in found})
+    model, before = tiny("rmsnorm-rope-gqa", layers=2), packed_bytes()
+    options = {"exit_threshold": 1.0, "pack_weights": True, **SETTINGS, "lowering": "inductor"}
+    run = torch.compile(model, backend="tide", options=options)
+    ids, sizes = torch.cat([prompt(1)[0]] * 2, dim=1), []
+    for factor in (1.0, 1.0, 0.5):
+        for weight in (model.lm_head.weight, model.model.layers[1].self_attn.v_proj.weight):
+            weight.mul_(factor)
+        assert_close(run(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        sizes.append(packed_bytes() - before)
+    assert len(set(sizes)) == 1 and sizes[0] >= sum(p.nbytes for p in model.model.layers.parameters() if p.dim() == 2)
+    del model, run, weight
+    torch._dynamo.reset()
+    gc.collect()
+    assert packed_bytes() == before
 
 
 def test_rows_that_are_measured_for_others():
@@ -220,8 +265,9 @@ def test_weights_of_any_size_are_measured(outs, monkeypatch):
     monkeypatch.setattr(tuning, "_seconds", MEASURED)
     monkeypatch.setattr(tuning, "_LEAST", 0.0)
     few, many = (Linears(rows, outs, 16, torch.bfloat16, torch.bfloat16) for rows in (2, 64))
-    forms = tuning.fastest_forms({few, many})
-    assert forms[few] in ("aten", "stream", "swapped") and forms[many] in ("aten", "swapped")
+    for pack_weights in (False, True):
+        forms = tuning.fastest_forms({few, many}, pack_weights)
+        assert all(forms[linears] in possible_forms(linears, pack_weights) for linears in (few, many))
 
 
 def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
@@ -234,7 +280,9 @@ def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):
     count = len(measured)
     assert tuning.fastest_forms({product}) == {product: "aten"} and len(measured) == count
     (path,) = tmp_path.rglob("linears.json")
-    assert count == 1 and list(json.loads(path.read_text()).values()) == [{str(product): "aten"}]
+    assert count == 1 and list(json.loads(path.read_text()).values()) == [
+        {f"{product} as aten, stream, swapped": "aten"}
+    ]
     path.write_text("{")
     tuning.fastest_forms({product})
     assert len(measured) == 2 * count
@@ -249,7 +297,7 @@ def test_wrong_assumption(model, bank, fastest, monkeypatch):
     """Products that were never measured are taken for streamed. Catches pieces that stay so where another form is
     faster, are compiled again where they are right, or are compiled from a graph that is used up."""
     compiled = []
-    monkeypatch.setattr(lowering, "fastest_forms", lambda found: dict.fromkeys(found, fastest))
+    monkeypatch.setattr(lowering, "fastest_forms", lambda found, _: dict.fromkeys(found, fastest))
     original = lowering.compile_piece
     monkeypatch.setattr(lowering, "compile_piece", lambda *args: compiled.append(args) or original(*args))
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=1.0, **{**SETTINGS, "lowering": "inductor"}))

@@ -16,6 +16,7 @@ from tide_compile.engine import TIDE  # noqa: E402
 from tide_compile.executor import exit_threshold  # noqa: E402
 from tide_compile.graph_dump import dump  # noqa: E402
 from tide_compile.inspect import explain  # noqa: E402
+from tide_compile.kernels.linear import packed_bytes  # noqa: E402
 from tide_compile.reference import eager_reference  # noqa: E402
 from tide_compile.registry import attach  # noqa: E402
 from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "eager_reference",
     "exit_threshold",
     "explain",
+    "packed_bytes",
     "record_exits",
     "record_times",
 ]

@@ -68,7 +68,7 @@ def tide_backend(
         log.warning("TIDE is off for this graph, plain Inductor is used: %s", error)
         return compile_whole(gm, example_inputs, mode)
     watch.planned(program, plan)
-    runnables = lower(program, config.lowering, mode, watch.compiled if watch.dumps else None)
+    runnables = lower(program, config.lowering, mode, watch.compiled if watch.dumps else None, config.pack_weights)
     version = functools.partial(version_of, router)
     policy = Compaction(program, plan, config)
     return Executor(program, plan, runnables, policy, example_inputs, settings_for, version)

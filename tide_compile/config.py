@@ -59,6 +59,9 @@ class TIDEConfig:
         projection_rank: of ``"low_rank"`` projections, and of shortcuts.
         distillation_steps: of 256 tokens, by which ``calibrate`` refines a projection; 0: ridge regression only.
         lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
+        pack_weights: on a CPU, products may read copies of their weights in the order that is fastest to multiply,
+            where that is faster. They take as much memory again as those weights (``tide_compile.packed_bytes()``), and
+            values that are written through ``.data`` later are not noticed.
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
             and that is logged.
 
@@ -84,6 +87,7 @@ class TIDEConfig:
     projection_rank: int = 64
     distillation_steps: int = 200
     lowering: str = "inductor"
+    pack_weights: bool = False
     fallback: str | None = None
 
     def __post_init__(self) -> None:
@@ -103,6 +107,8 @@ class TIDEConfig:
             raise ConfigError(
                 f"distillation_steps={self.distillation_steps!r} is not allowed: give a whole number of at least 0."
             )
+        if not isinstance(self.pack_weights, bool):
+            raise ConfigError(f"pack_weights={self.pack_weights!r} is not allowed: give True or False.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: choose one of {list(choices)}.")

@@ -11,10 +11,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from tide_compile.kernels.linear import can_multiply, linear
 from tide_compile.passes.cost import Device
 
 log = logging.getLogger("tide_compile")
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 _SIZE = 1024  # of the matrices: large enough for full speed
 _ROWS = (16, 64, 256, _SIZE)  # of the first: a processor without products of a dtype is 100 times slower
@@ -24,11 +28,10 @@ _BYTES = 1 << 27
 
 @functools.cache
 def measured(device: torch.device, dtype: torch.dtype) -> Device:
-    """Speed of matrix products in ``dtype``, on a CPU in fp32 if that is faster, as products are lowered there; of
-    copies, and the time of an empty kernel; medians of several."""
+    """Speed of matrix products in ``dtype``, on a CPU in fp32 and by oneDNN if that is faster, as products are lowered
+    there; of copies, and the time of an empty kernel; medians of several."""
     with torch.inference_mode():
-        dtypes = {dtype, torch.float32} if device.type == "cpu" else {dtype}
-        flops = max(_flops(device, d) for d in dtypes)
+        flops = max(_flops(device, *each) for each in _products(device, dtype))
         data = torch.ones(_BYTES // dtype.itemsize, device=device, dtype=dtype)
         target, small = torch.empty_like(data), torch.ones(1, device=device)
         copying = _median(lambda: target.copy_(data), device)
@@ -41,13 +44,20 @@ def measured(device: torch.device, dtype: torch.dtype) -> Device:
     return found
 
 
-def _flops(device: torch.device, dtype: torch.dtype) -> float:
+def _products(device: torch.device, dtype: torch.dtype) -> list[tuple[torch.dtype, Product]]:
+    if device.type != "cpu":
+        return [(dtype, torch.mm)]
+    onednn = [(torch.float32, linear)] if can_multiply(torch.float32) else []
+    return [*((d, torch.mm) for d in {dtype, torch.float32}), *onednn]
+
+
+def _flops(device: torch.device, dtype: torch.dtype, product: Product) -> float:
     left, right = (torch.ones(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))
     for rows in _ROWS:
-        product = _median(lambda some=left[:rows]: some @ right, device)
-        if product > _LONG:
+        seconds = _median(lambda some=left[:rows]: product(some, right), device)
+        if seconds > _LONG:
             break
-    return 2.0 * rows * _SIZE**2 / product
+    return 2.0 * rows * _SIZE**2 / seconds
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

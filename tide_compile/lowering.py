@@ -27,6 +27,7 @@ def lower(
     lowering: str,
     mode: str | None = None,
     compiled_to: Callable[[str, list[str]], None] | None = None,
+    pack_weights: bool = False,
 ) -> dict[str, Runnable]:
     """Compile a program's pieces.
 
@@ -40,6 +41,7 @@ def lower(
         lowering: ``"inductor"``, or ``"eager"`` to interpret the graphs.
         mode: Inductor's mode (``"reduce-overhead"``, ``"max-autotune"``), or None.
         compiled_to: is told the name of each distinct piece and the files of its code, when it has been compiled.
+        pack_weights: whether products may read copies of their weights.
 
     Returns:
         The callable of each piece, by name.
@@ -49,10 +51,10 @@ def lower(
     pieces = program.pieces
     found = {name: find_linears(piece.graph.graph) for name, piece in pieces.items()}
     products = set().union(*found.values())
-    forms = known_forms(products)
+    forms = known_forms(products, pack_weights)
     assumed = products - forms.keys()
     if any(linears.rows > MOST_STREAMED for linears in assumed):
-        forms, assumed = fastest_forms(products), set()
+        forms, assumed = fastest_forms(products, pack_weights), set()
     copies = {n: replace(p, graph=copy.deepcopy(p.graph)) for n, p in pieces.items() if found[n] & assumed}
     compiling = _Compiling(pieces, found, mode, compiled_to)
     started = time.perf_counter()
@@ -60,7 +62,7 @@ def lower(
         compiling.compile(pieces, forms | dict.fromkeys(assumed, "stream"))
         begin_measuring(assumed)
     if assumed:
-        forms = fastest_forms(products)
+        forms = fastest_forms(products, pack_weights)
         wrong = {linears for linears in assumed if forms[linears] != "stream"}
         compiling.compile({name: piece for name, piece in copies.items() if found[name] & wrong}, forms)
     seconds = time.perf_counter() - started

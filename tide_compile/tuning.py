@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -20,11 +20,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name
 from tide_compile.files import cache_folder, write_text
+from tide_compile.kernels.linear import packed_linear
 from tide_compile.passes.cost import Device
 from tide_compile.passes.lower_attention import attend_one
-from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, Form, Linears, stream, swapped
+from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, WRITTEN, Form, Linears, possible_forms, stream
 
 log = logging.getLogger("tide_compile")
+
+Product = Callable[[Tensor, Tensor, Sequence[Tensor]], object]  # of x with a weight, which is also given in parts
 
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
@@ -36,10 +39,10 @@ _FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
 
-def known_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
+def known_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[Linears, Form]:
     """The fastest forms of those products that were measured before."""
     known = _load().get(_machine(), {})
-    return {linears: known[str(linears)] for linears in found if str(linears) in known}
+    return {n: known[_key(n, pack_weights)] for n in found if _key(n, pack_weights) in known}
 
 
 def begin_measuring(found: Iterable[Linears]) -> None:
@@ -49,25 +52,34 @@ def begin_measuring(found: Iterable[Linears]) -> None:
             _streamed(linears.rows, linears.dtype, linears.stored)
 
 
-def fastest_forms(found: Iterable[Linears]) -> dict[Linears, Form]:
+def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[Linears, Form]:
     """The fastest form of products on this machine's CPU, measured in some 0.3 s each unless it is known.
 
     Results are kept in ``linears.json`` in the cache folder, by processor, threads and torch version.
+
+    Args:
+        pack_weights: whether copies of the weights may be kept.
     """
     known = _load().get(_machine(), {})
     found = sorted(found, key=str)
-    missing = [linears for linears in found if str(linears) not in known]
+    missing = [linears for linears in found if _key(linears, pack_weights) not in known]
     for linears in missing:
-        seconds = _seconds(_candidates(linears), linears)
-        calls = {form: 0.0 if form == "stream" else _CALL * len(linears.outs) for form in seconds}
-        known[str(linears)] = min(seconds, key=lambda form: seconds[form] + calls[form])
+        seconds = _seconds(_candidates(linears, pack_weights), linears)
+        calls = {"stream": 0, "packed": 1}  # others: one for each weight
+        known[_key(linears, pack_weights)] = min(
+            seconds, key=lambda form: seconds[form] + _CALL * calls.get(form, len(linears.outs))
+        )
         log.info("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if missing:
         try:
             write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
         except OSError as error:
             log.warning("what was measured is not kept for the next process: %s", error)
-    return {linears: known[str(linears)] for linears in found}
+    return {linears: known[_key(linears, pack_weights)] for linears in found}
+
+
+def _key(linears: Linears, pack_weights: bool) -> str:
+    return f"{linears} as {', '.join(possible_forms(linears, pack_weights))}"
 
 
 @functools.cache
@@ -98,25 +110,24 @@ def _attention(dtype: torch.dtype, shared: int) -> float:
     count = _WORKING_SET // (2 * groups * length * size * dtype.itemsize)
     keys = torch.ones(2 * count, 1, groups, length, size, dtype=dtype).unbind()
     pairs = list(zip(keys[::2], keys[1::2], strict=True))
-    seconds = median(_once(lambda _, pair: run(query, *pair), query, pairs) for _ in range(_ROUNDS))
+    seconds = median(_once(run, query, pairs) for _ in range(_ROUNDS))
     return sum(k.nbytes for k in keys) / seconds
 
 
-def _candidates(linears: Linears) -> dict[Form, Callable[[Tensor, Tensor], object]]:
-    total = sum(linears.outs)
+def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Product]:
+    def one_by_one(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, _: Tensor, parts: Sequence[Tensor]) -> None:
+        for weight in parts:
+            product(x, weight).contiguous()  # as whatever reads the result may want it
 
-    def one_by_one(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> None:
-        """Parts of ``weight`` [N, ins] in the proportions of ``outs``, as if each were a weight of its own."""
-        ends = [sum(linears.outs[: i + 1]) * len(weight) // total for i in range(len(linears.outs))]
-        for start, end in zip([0, *ends], ends, strict=False):
-            product(x, weight[start:end]).contiguous()  # as whatever reads the result may want it
+    def candidate(form: Form) -> Product:
+        if form == "stream":
+            streamed = _streamed(linears.rows, linears.dtype, linears.stored)
+            return lambda x, weight, _: streamed(x, weight)
+        if form == "packed":
+            return lambda x, _, parts: packed_linear(x, parts)
+        return functools.partial(one_by_one, WRITTEN.get(form, _aten))
 
-    forms: dict[Form, Callable[[Tensor, Tensor], object]] = {"aten": functools.partial(one_by_one, _aten)}
-    if linears.rows > 1:
-        forms["swapped"] = functools.partial(one_by_one, swapped)
-    if linears.rows <= MOST_STREAMED:
-        forms["stream"] = _streamed(linears.rows, linears.dtype, linears.stored)
-    return forms
+    return {form: candidate(form) for form in possible_forms(linears, pack_weights)}
 
 
 def _aten(x: Tensor, weight: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
 
 
 def _seconds(
-    products: dict[Form, Callable[[Tensor, Tensor], object]], linears: Linears, of: Callable[[list[float]], float] = min
+    products: dict[Form, Product], linears: Linears, of: Callable[[list[float]], float] = min
 ) -> dict[Form, float]:
     """``of`` the rounds of each product, in which they take turns: the least compares them, because whatever else the
     machine does adds; the median is what to expect. Of very large weights a part will do."""
@@ -150,9 +161,11 @@ def _seconds(
     operations = 2 * linears.rows * linears.ins * outs
     count = max(2, min(256, _WORKING_SET // (outs * per_row), int(_OPERATIONS // operations)))
     x = torch.ones(linears.rows, linears.ins, dtype=linears.dtype)
-    weights = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
-    for product in products.values():
-        product(x, weights[0])
+    ends = [sum(linears.outs[:i]) * outs // total for i in range(1, len(linears.outs))]  # in their proportions
+    whole = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
+    weights = [(weight, weight.tensor_split(ends)) for weight in whole]
+    for form, product in products.items():
+        _once(product, x, weights if form == "packed" else weights[:1])
     seconds: dict[Form, list[float]] = {form: [_once(product, x, weights)] for form, product in products.items()}
     while max(map(len, seconds.values())) < _ROUNDS or sum(map(sum, seconds.values())) < _LEAST:
         least = min(map(min, seconds.values()))
@@ -162,10 +175,10 @@ def _seconds(
     return {form: of(rounds) / count * total / outs for form, rounds in seconds.items()}
 
 
-def _once(product: Callable[[Tensor, Tensor], object], x: Tensor, weights: Iterable[Tensor]) -> float:
+def _once(product: Callable[..., object], x: Tensor, others: Iterable[tuple]) -> float:
     started = time.perf_counter()
-    for weight in weights:
-        product(x, weight)
+    for operands in others:
+        product(x, *operands)
     return time.perf_counter() - started
 
 
