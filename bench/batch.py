@@ -2,8 +2,9 @@
 
 Sequences leave after a third of the layers (``RouterBank.synthetic``; sequences are chosen so that exactly this share
 of their last tokens does). Contenders share their weights and run in turn in one process, each step decoding the same
-token behind the same context: eager, stock Inductor, tide without exits (off), tide with compaction never (masked),
-always (compact) and decided by its cost model (auto). Ideal: the share of the full model's operations that is left when
+token behind the same context: eager, stock Inductor, tide without exits (off; packed: with copies of the weights, the
+size of which is printed), tide with compaction never (masked), always (compact) and decided by its cost model (auto).
+Ideal: the share of the full model's operations that is left when
 rows that have left cost their keys and values only, and of the bytes of weights (all, unless every row leaves).
 """
 
@@ -19,7 +20,7 @@ from transformers import StaticCache
 
 import tide_compile
 from bench.models import SMOLLM2, load_model, truncated
-from bench.prefill import KINDS, compared, compiled_kinds, fill_share, ideal
+from bench.prefill import KINDS, compared, compiled_kinds, fill_share, ideal, show_memory
 from bench.report import interleave, show
 from tide_compile import RouterBank, TIDEConfig
 
@@ -99,6 +100,7 @@ def main() -> None:
     headers = ["batch", "exits", "", "ms", "quartiles", "to inductor", "to off", "ideal FLOPs", "ideal bytes"]
     title = f"decode, {args.model}, {args.dtype}, context {CONTEXT}, exits after {depth} layers"
     show(title, headers, rows, args.json)
+    show_memory(model)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """python -m bench.prefill: a prompt of which a chosen share of tokens leaves after a third of the layers.
 
-Contenders share their weights and run in turn in one process: eager, stock Inductor, tide without exits (off), tide
-with compaction never (masked), always (compact) and decided by its cost model (auto). Routers are synthetic
+Contenders share their weights and run in turn in one process: eager, stock Inductor, tide without exits (off; packed:
+with copies of the weights, the size of which is printed), tide with compaction never (masked), always (compact) and
+decided by its cost model (auto). Routers are synthetic
 (``RouterBank.synthetic``). Ideal: the share of the full model's operations (matrix products and attention) that is left
 when rows that have left cost their keys and values only; to ideal: time relative to this share of tide off's time. A
 static cache, the logits of the last token, batch 1.
@@ -77,11 +78,20 @@ def ideal(model: nn.Module, ids: torch.Tensor, depth: int, share: float, fill: f
 
 def compiled_kinds(model: nn.Module, depth: int) -> dict[str, Callable]:
     common = {"min_layers": depth, "checkpoint_interval": depth, "compaction_threshold": 0.1}
-    kinds = {"tide off": torch.compile(model, backend="tide", options={"exit_threshold": 1.0})}
+    off = {"exit_threshold": 1.0}
+    kinds = {
+        "tide off": torch.compile(model, backend="tide", options=off),
+        "tide off, packed": torch.compile(model, backend="tide", options={**off, "pack_weights": True}),
+    }
     return kinds | {
         name: torch.compile(model, backend="tide", options={"compaction": kind, **common})
         for name, kind in KINDS.items()
     }
+
+
+def show_memory(model: nn.Module) -> None:
+    sizes = sum(p.nbytes for p in model.parameters()), tide_compile.packed_bytes()
+    print("weights {:.0f} MB, copies of them (pack_weights) {:.0f} MB".format(*(size / 1e6 for size in sizes)))
 
 
 def compared(name: str, timings: dict[str, Timing]) -> list[str]:
@@ -129,6 +139,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     headers = ["tokens", "exits", "", "ms", "quartiles", "to inductor", "to off", "ideal", "to ideal"]
     show(f"prefill, {args.model}, {args.dtype}, batch 1, exits after {depth} layers", headers, rows, args.json)
+    show_memory(model)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ def test_generate(folder, router, tmp_path):
     assert made["exits"]["exits_per_layer"] == {str(i): counted.count(i) for i in (0, 1) if i in counted}
     done = call(*common, "--stream")
     assert done.stdout.split() == want.split() and "Exited" in done.stderr
+    done = call(*common, "--pack-weights")
+    assert done.stdout.split() == want.split() and "copies of weights: " in done.stderr
 
 
 def test_batch_chat_and_sampling(folder, monkeypatch):

@@ -123,6 +123,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; else sampling.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Dtype = "fp32",
+    pack_weights: Annotated[
+        bool, typer.Option("--pack-weights", help="Keep copies of weights for faster products (CPU).")
+    ] = False,
     html: Page = None,
     json: Json = False,
     debug: Debug = False,
@@ -134,8 +137,8 @@ def generate(
         from tide_compile.commands.generate import generate_text
 
         generate_text(model, prompt, router=router, threshold=threshold, max_new_tokens=max_new_tokens, chat=chat,
-                      temperature=temperature, seed=seed, dtype=dtype, stream=stream, html=html,
-                      as_json=json)  # fmt: skip
+                      temperature=temperature, seed=seed, dtype=dtype, pack_weights=pack_weights, stream=stream,
+                      html=html, as_json=json)  # fmt: skip
 
 
 @app.command()

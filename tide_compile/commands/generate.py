@@ -10,21 +10,22 @@ from pathlib import Path
 import torch
 from transformers import BatchEncoding, TextStreamer, set_seed
 
-from tide_compile.commands.output import console, notes, print_json, record_of, working
+from tide_compile.commands.output import console, notes, print_json, record_of, size_of, working
 from tide_compile.config import TIDEConfig
 from tide_compile.engine import TIDE
 from tide_compile.errors import ConfigError, NoRouterError
+from tide_compile.kernels.linear import packed_bytes
 from tide_compile.loading import find_dtype, load_model, load_tokenizer
 
 
 def generate_text(
     name: str, prompts: Sequence[str], *, router: str | None, threshold: float | None, max_new_tokens: int, chat: bool,
-    temperature: float, seed: int, dtype: str, stream: bool, html: Path | None, as_json: bool,
+    temperature: float, seed: int, dtype: str, pack_weights: bool, stream: bool, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what the model makes of each prompt, or write it to stdout as JSON; ``html``: the token depth view, too."""
     with working(f"loading {name}"):
         model, tokenizer = load_model(name, find_dtype(dtype)), load_tokenizer(name)
-        engine = open_engine(model, router, threshold, name)
+        engine = open_engine(model, router, threshold, name, pack_weights=pack_weights)
     inputs = encode(tokenizer, prompts, chat).to(model.device)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -44,13 +45,15 @@ def generate_text(
         print_json(
             {
                 "model": name, "texts": texts, "seconds": seconds, "exits": record_of(engine.last_stats),
-                "generated_tokens_by_layer": depths, "html": html,
+                "generated_tokens_by_layer": depths, "html": html, "packed_bytes": packed_bytes(),
             }
         )  # fmt: skip
         return
     for text in () if stream else texts:
         console().print(text, markup=False, soft_wrap=True)
     notes().print(engine.last_stats.summary(), style="dim", markup=False)
+    if pack_weights:
+        notes().print(f"copies of weights: {size_of(packed_bytes())}", style="dim")
     if html is not None:
         notes().print(f"token depth view: {html}", style="dim", markup=False)
 
