@@ -168,6 +168,9 @@ def test_tune(folder, router, tmp_path, monkeypatch):
     assert "certificate" not in bank.metadata and bank.metadata["tuned"]["disagreement"] <= 1
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "1.500 times as fast" in call("tune", folder, *arguments).stdout
+    monkeypatch.setattr("tide_compile.commands.tune.predict_costs", lambda *_: Costs(4.0, 0.0, {0: 1.0, 1: 2.0}))
+    assert "predicted for H100" in (text := call("tune", folder, *arguments, "--device", "H100").stdout)
+    assert "times as fast, as predicted" in " ".join(text.split())
     done = call("tune", folder, *arguments[:-1], 0, "--min-speedup", 9, code=1)
     assert "No point keeps what was asked for." in done.stdout or "pays on this machine" in done.stdout
     assert "give --data" in call("tune", folder, "--router", router, code=1).stderr

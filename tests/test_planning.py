@@ -1,6 +1,7 @@
 """The cost model counts what a step does, and forecasts follow from it."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, StaticCache
 from typer.testing import CliRunner
 
-from tests.models import CONFIGS, HIDDEN, LAYERS, tiny
-from tide_compile import tuning
+from tests.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
+from tide_compile import RouterBank, TIDEConfig, tuning
 from tide_compile.cli import app
 from tide_compile.errors import ConfigError
-from tide_compile.planning import CostModel, find_device
+from tide_compile.planning import CostModel, find_device, predict_costs
+from tide_compile.tune import choose
 
 SLOW = Device(flops=1e12, bandwidth=1e9, overhead=0.0)  # bound by memory, as decoding is
 
@@ -54,6 +56,31 @@ def test_forecasts():
     assert costs.forecast(SLOW, 1, 64, 1, even + 0.01).speedup > 1 > costs.forecast(SLOW, 1, 64, 1, even - 0.01).speedup
     huge = CostModel(tiny("rmsnorm-rope-gqa"), (3,), bottleneck=2048)
     assert huge.forecast(SLOW, 1, 64, 3, 1.0).break_even is None
+
+
+def test_predicted_costs(bank):
+    """What measuring would tell. Catches the router of a checkpoint counted as part of what its exit costs, layers of
+    the wrong side of an exit, keys of another context, and a bank of which only some checkpoints are looked at."""
+    model = tiny("rmsnorm-rope-gqa")
+    costs = predict_costs(model, bank, TIDEConfig(**SETTINGS), SLOW, 640)
+    forecasts = CostModel(model, [layer + 1 for layer in bank.layers], bottleneck=16)
+    routers = {layer: forecasts.costs[layer + 1][1].seconds(SLOW) for layer in bank.layers}
+    assert list(costs.leaving) == bank.layers and costs.checkpoint == pytest.approx(statistics.fmean(routers.values()))
+    for layer, seconds in costs.leaving.items():
+        forecast = forecasts.forecast(SLOW, 1, 640, layer + 1, 1.0)
+        assert costs.off == pytest.approx(forecast.off / 1e3)
+        assert seconds + routers[layer] == pytest.approx(forecast.on / 1e3)
+
+
+def test_dear_checkpoints_are_dropped():
+    """On a device on which a router takes longer than the layers behind it. Catches costs that are not those of these
+    routers."""
+    model, scores = tiny("rmsnorm-rope-gqa"), torch.full((50, 1), 0.999)
+    for width, wanted in ((16, [{0}]), (4096, [])):
+        bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=width).keep([0])
+        costs = predict_costs(model, bank, TIDEConfig(**SETTINGS), SLOW, 64)
+        found = choose(scores, scores > 0.5, bank.layers, LAYERS, costs, levels=(0.01,))
+        assert [set(thresholds) for thresholds in found] == wanted
 
 
 def test_devices_and_depths():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import tide_compile
+import tide_compile.backend
 from tests.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import TIDEConfig
 from tide_compile.costs import Costs, measure_costs, time_decoding

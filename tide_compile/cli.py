@@ -81,6 +81,9 @@ def calibrate(
 def tune(
     model: Model,
     router: Router = None,
+    device: Annotated[
+        str | None, typer.Option(help="Tune for a GPU (H100, ...) or cpu as predicted; default: time this machine.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Prompts; default: after those of the calibration.")] = None,
     prompts: Annotated[int, typer.Option(min=2, help="Half to choose candidates, half to measure.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="Generated after each.")] = 64,
@@ -104,8 +107,8 @@ def tune(
     with one_line_errors(debug):
         from tide_compile.commands.tune import tune_model
 
-        found = tune_model(model, router=router, data=data, prompts=prompts, max_new_tokens=tokens, chat=chat,
-                           max_disagreement=max_disagreement, min_speedup=min_speedup, plot=plot, save=save,
+        found = tune_model(model, router=router, device=device, data=data, prompts=prompts, max_new_tokens=tokens,
+                           chat=chat, max_disagreement=max_disagreement, min_speedup=min_speedup, plot=plot, save=save,
                            dtype=dtype, as_json=json)  # fmt: skip
         if not found:
             raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Costs: what a decoded token takes on this machine, by the layer that it leaves after."""
+"""Costs: what a decoded token takes, by the layer that it leaves after; measured on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of decoding a token of one sequence, medians.
+    """Seconds of decoding a token of one sequence, measured (``measure_costs``) or predicted (``predict_costs``).
 
     Attributes:
         off: without checkpoints. checkpoint: what each checkpoint adds that a token passes.

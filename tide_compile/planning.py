@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, StaticCache
 
 from tide_compile.config import TIDEConfig
+from tide_compile.costs import Costs
 from tide_compile.errors import ConfigError
 from tide_compile.kernels.cards import CARDS
 from tide_compile.passes.cost import Device, PieceCost, cost_of, router_cost_of
@@ -76,7 +77,7 @@ class CostModel:
         self.costs = {}
         for depth in self.depths:
             bank = RouterBank.untrained(text.hidden_size, self.num_layers, bottleneck_dim=bottleneck)
-            self.costs[depth] = _costs(*_trace(model, depth, bank), depth)
+            self.costs[depth] = _costs(*_trace(model, bank.keep([depth - 1]), TIDEConfig()), depth)
 
     def forecast(self, device: Device, batch: int, context: int, depth: int, share: float) -> Forecast:
         """See ``Forecast``. Tokens leave independently of each other. A step in which all of them leave runs no more
@@ -111,6 +112,25 @@ class CostModel:
         return high
 
 
+def predict_costs(model: nn.Module, bank: RouterBank, config: TIDEConfig, device: Device, context: int) -> Costs:
+    """What ``measure_costs`` measures, from the graph of the model with all checkpoints of a bank: for a device that
+    need not be there, behind ``context`` tokens."""
+    program, plan = _trace(model, bank, config)
+    device = device.for_rows(1)
+    seconds, routers = (
+        {name: of(piece.graph).scaled(1, context / _CONTEXT).seconds(device) for name, piece in program.pieces.items()}
+        for of in (cost_of, router_cost_of)
+    )
+    spent, leaving = seconds["prologue"] + seconds["epilogue"], {}
+    for segment in range(plan.num_segments):
+        spent += seconds[f"segment_{segment}"]
+        layer = plan.checkpoint_of(segment)
+        if layer is not None:
+            leaving[layer] = spent + routers.get(f"project_{layer}", 0.0) + seconds[f"fill_{layer}"]
+    asked = sum(routers[f"segment_{segment}"] for segment in range(plan.num_segments))
+    return Costs(spent, asked / len(leaving), leaving)
+
+
 def _costs(program: Program, plan: Plan, depth: int) -> tuple[PieceCost, ...]:
     """First layers, router, remaining layers, fill, and what comes before and after the layers."""
     costs = {name: cost_of(piece.graph) for name, piece in program.pieces.items()}
@@ -125,9 +145,10 @@ def _costs(program: Program, plan: Plan, depth: int) -> tuple[PieceCost, ...]:
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, depth: int, bank: RouterBank) -> tuple[Program, Plan]:
-    """The pieces of a decoding step of one sequence behind ``_CONTEXT`` tokens."""
-    config = TIDEConfig(min_layers=depth, checkpoint_interval=depth, compaction="never")
+def _trace(model: nn.Module, bank: RouterBank, config: TIDEConfig) -> tuple[Program, Plan]:
+    """The pieces of a decoding step of one sequence behind ``_CONTEXT`` tokens, with all checkpoints of a bank."""
+    bank = replace(bank, thresholds=dict.fromkeys(bank.layers, 0.5))
+    config = replace(config, exit_threshold=None, compaction="never")
     first = next(p for p in model.parameters() if p.is_floating_point())
     found = []
 

@@ -17,6 +17,7 @@ from tide_compile.costs import Costs, measure_costs, time_decoding
 from tide_compile.engine import TIDE
 from tide_compile.errors import ConfigError
 from tide_compile.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.planning import find_device, predict_costs
 from tide_compile.registry import resolve_bank
 from tide_compile.routers import RouterBank
 from tide_compile.texts import calibration_texts
@@ -26,11 +27,12 @@ _TEXTS, _TEXT_TOKENS = 16, 256  # for the perplexity
 
 
 def tune_model(
-    name: str, *, router: str | None, data: str | None, prompts: int, max_new_tokens: int, chat: bool,
-    max_disagreement: float | None, min_speedup: float | None, plot: Path | None, save: Path | None, dtype: str,
-    as_json: bool,
+    name: str, *, router: str | None, device: str | None, data: str | None, prompts: int, max_new_tokens: int,
+    chat: bool, max_disagreement: float | None, min_speedup: float | None, plot: Path | None, save: Path | None,
+    dtype: str, as_json: bool,
 ) -> bool:  # fmt: skip
-    """Print the frontier and the recommendation. Returns whether there is a point that was asked for."""
+    """Print the frontier and the recommendation, for this machine or, predicted, for a ``device``. Returns whether
+    there is a point that was asked for."""
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'tide-compile[plot]'.")
     if prompts < 2:
@@ -46,13 +48,18 @@ def tune_model(
     if len(chosen) < 2:
         raise ConfigError(f"{source!r} holds {len(chosen)} texts after those of the calibration: give other --data.")
     config = TIDEConfig()
-    with working("compiling and timing tokens by the layer that they leave after"):
-        costs = measure_costs(model, bank, config, chosen[0])
+    if device is None:
+        with working("compiling and timing tokens by the layer that they leave after"):
+            costs = measure_costs(model, bank, config, chosen[0])
+    else:
+        with working("tracing the model"):
+            target = find_device(device, model.dtype, model.config)
+            costs = predict_costs(model, bank, config, target, len(chosen[0]) + max_new_tokens)
     levels = LEVELS if max_disagreement is None else (*LEVELS, *(max_disagreement * f for f in (0.6, 0.8, 1.0)))
     points = tune(model, bank, config, chosen, costs, texts=texts, levels=levels, max_new_tokens=max_new_tokens,
                   progress=not as_json)  # fmt: skip
     best = recommend(points, max_disagreement, min_speedup)
-    checked = None if best is None else check(model, bank, best, chosen[1])
+    checked = check(model, bank, best, chosen[1]) if best is not None and device is None else None
     if save is not None and best is not None:
         save_point(bank, best, save)
     if plot is not None:
@@ -61,13 +68,15 @@ def tune_model(
     if as_json:
         print_json(
             {
-                "model": name, "data": source, "prompts": len(chosen), "costs": asdict(costs), "dropped": dropped,
+                "model": name, "device": device, "data": source, "prompts": len(chosen), "costs": asdict(costs),
+                "dropped": dropped,
                 "points": [asdict(p) for p in points], "recommended": None if best is None else asdict(best),
                 "speedup_of_recommended": checked, "saved": save if best is not None else None, "plot": plot,
             }
         )  # fmt: skip
     else:
-        show(points, best, costs, dropped, checked, f"{len(chosen)} prompts of {source}, {max_new_tokens} tokens each")
+        what = f"{len(chosen)} prompts of {source}, {max_new_tokens} tokens each"
+        show(points, best, costs, dropped, checked, what, device)
         for path in (save if best is not None else None, plot):
             if path is not None:
                 notes().print(f"written: {path}", style="dim", markup=False)
@@ -115,16 +124,19 @@ def save_point(bank: RouterBank, point: Point, path: Path) -> None:
 
 
 def show(
-    points: list[Point], best: Point | None, costs: Costs, dropped: list[int], checked: dict | None, what: str
-) -> None:
+    points: list[Point], best: Point | None, costs: Costs, dropped: list[int], checked: dict | None, what: str,
+    device: str | None,
+) -> None:  # fmt: skip
     leaving = ", ".join(f"{seconds * 1e3:.1f} after {layer}" for layer, seconds in costs.leaving.items())
-    screen = console()
+    predicted, screen = "" if device is None else f", predicted for {device}", console()
     screen.print(
-        f"ms per token: {costs.off * 1e3:.1f} without exits; {leaving}; {costs.checkpoint * 1e3:.2f} per checkpoint",
+        f"ms per token{predicted}: {costs.off * 1e3:.1f} without exits; {leaving}; {costs.checkpoint * 1e3:.2f} per "
+        "checkpoint",
         soft_wrap=True,
     )
     if not points:
-        screen.print("No checkpoint of these routers pays on this machine: run without exits (exit_threshold=1).")
+        where = "this machine" if device is None else device
+        screen.print(f"No checkpoint of these routers pays on {where}: run without exits (exit_threshold=1).")
         return
     table = Table(
         "", "disagreement", "layers saved", "speed-up", "perplexity", "exits by layer", "thresholds", title=what
@@ -142,10 +154,15 @@ def show(
     if best is None:
         screen.print("No point keeps what was asked for.")
     else:
+        timed = f"{best.speedup:.3f} times as fast, as predicted"
+        if checked is not None:
+            timed = (
+                f"timed as it will be used, {checked['ms_on']:.1f} against {checked['ms_off']:.1f} ms per token, "
+                f"{checked['speedup']:.3f} times as fast"
+            )
         screen.print(
-            f"Recommended: {best.disagreement:.2%} disagreement; timed as it will be used, {checked['ms_on']:.1f} "
-            f"against {checked['ms_off']:.1f} ms per token, {checked['speedup']:.3f} times as fast. This was measured, "
-            "not promised: `tide calibrate --max-disagreement` certifies.",
+            f"Recommended: {best.disagreement:.2%} disagreement; {timed}. Disagreement was measured, not promised: "
+            "`tide calibrate --max-disagreement` certifies.",
             soft_wrap=True,
         )
 
