@@ -22,7 +22,10 @@ from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
-Form = Literal["aten", "stream", "swapped", "onednn", "onednn swapped", "packed"]
+from tide_compile import gemm_template
+from tide_compile.gemm_template import can_lower, template_linear
+
+Form = Literal["aten", "stream", "swapped", "onednn", "onednn swapped", "packed", "template"]
 
 MOST_STREAMED = 4  # rows; with more it has not been faster anywhere
 CHUNKS = 4  # of a weight that are read side by side: accumulators that do not wait for each other
@@ -30,7 +33,8 @@ MANY = 256  # rows that stand for any larger number of them, and for one that on
 _TEMPORARY = 1 << 24  # bytes of a weight that are there in fp32 at a time
 
 aten, prims = torch.ops.aten, torch.ops.prims
-_OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Inductor's cache does not look into an op
+# Inductor's cache does not look into an op or its lowering
+_OPS = (gemm_template.__file__, *sorted(map(str, Path(route.__file__).parent.glob("*.py"))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,11 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torc
     return result if bias is None else result + bias
 
 
-WRITTEN: dict[Form, Callable[..., Tensor]] = {
+TOGETHER: dict[Form, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {
+    "packed": packed_linear,
+    "template": template_linear,
+}
+ALONE: dict[Form, Callable[..., Tensor]] = {
     "swapped": swapped,
     "onednn": by_onednn,
     "onednn swapped": functools.partial(swapped, by=linear),
@@ -148,6 +156,7 @@ def possible_forms(linears: Linears, pack_weights: bool = False) -> list[Form]:
         "onednn": many and able and linears.dtype == torch.float32,  # which ATen takes in less
         "onednn swapped": many and can_multiply(torch.float32),
         "packed": pack_weights and many and able,
+        "template": pack_weights and many and whole and can_lower(linears.dtype) and linears.ins % 4 == 0,
     }
     return [form for form, possible in found.items() if possible]
 
@@ -164,11 +173,11 @@ class LowerLinears(CustomGraphPass):
     """Rewrite products in the forms that are listed for them; the others stay as they are.
 
     Before: ``mm(x, permute(w))``, with ``w`` an input of the graph, maybe converted to the dtype of ``x``. After: sums
-    of elementwise products, see ``stream``, the product of the transposes, see ``swapped``, or a call of oneDNN, see
-    ``by_onednn``.
+    of elementwise products, see ``stream``, the product of the transposes, see ``swapped``, a call of oneDNN, see
+    ``by_onednn``, or for those of one input together one product with a copy of their weights.
 
     Safe because all compute the same sums of products; weights are neither kept in a copy nor reordered, but for those
-    of the form "packed".
+    of the forms in ``TOGETHER``.
     """
 
     def __init__(self, forms: Mapping[Linears, Form]) -> None:
@@ -190,8 +199,8 @@ class LowerLinears(CustomGraphPass):
             x, outs = products[0].args[-2], sorted(_value(node).shape[1] for node in products)
             (rows, ins), dtype = _value(x).shape, _value(x).dtype
             form = self.forms.get(Linears(rows_like(rows), tuple(outs), ins, dtype, stored))
-            if form == "packed":
-                _write_packed(graph, products)
+            if form in TOGETHER:
+                _write_together(graph, products, TOGETHER[form])
             elif form is not None:
                 if form == "stream":
                     shared = _realized(graph, x, (rows, ins))
@@ -200,7 +209,7 @@ class LowerLinears(CustomGraphPass):
                     if form == "stream":
                         x, written = shared, functools.partial(_streamed, size=part_size(outs), dtype=dtype)
                     else:
-                        written = functools.partial(WRITTEN[form], dtype=dtype)
+                        written = functools.partial(ALONE[form], dtype=dtype)
                     replace_traced(graph, node, [x, _weight_of(transposed), *bias], written)
 
 
@@ -208,13 +217,15 @@ def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, size: in
     return stream(x, weight.split(size), bias, dtype)
 
 
-def _write_packed(graph: Graph, products: Sequence[Node]) -> None:
+def _write_together(
+    graph: Graph, products: Sequence[Node], written: Callable[[Tensor, Sequence[Tensor]], Tensor]
+) -> None:
     """One product for all, of which each takes its columns."""
     rows, ins = _value(products[0].args[-2]).shape
 
     def whole(*operands: Tensor) -> Tensor:
         x, *weights = operands
-        return packed_linear(x.reshape(rows, ins), weights)
+        return written(x.reshape(rows, ins), weights)
 
     weights = [_weight_of(node.args[-1]) for node in products]
     result = _insert_behind(graph, products[0].args[-2], weights, whole)

@@ -9,8 +9,17 @@ from concurrent.futures import Future
 
 import pytest
 import torch
+from tide_compile.kernels.linear import can_multiply
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
-from tide_compile.passes.lower_linears import Linears, LowerLinears, find_linears, part_size, possible_forms, rows_like
+from tide_compile.passes.lower_linears import (
+    TOGETHER,
+    Linears,
+    LowerLinears,
+    find_linears,
+    part_size,
+    possible_forms,
+    rows_like,
+)  # fmt: skip
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch.nn.functional import linear, scaled_dot_product_attention
@@ -20,11 +29,12 @@ from tests.checks import assert_close
 from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
 from tests.test_passes import capture
 from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, lowering, packed_bytes, record_times, tuning
+from tide_compile.gemm_template import can_lower, template_linear
 from tide_compile.inductor_code import compiling_together
 
 aten = torch.ops.aten
 MEASURED = tuning._seconds  # before each test has its own
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+OPS = {"onednn": "linear", "onednn swapped": "linear", "packed": "packed_linear", "template": "template_linear"}
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -99,33 +109,54 @@ def test_swapped(dtype, monkeypatch):
     assert products == {torch.float32, dtype}
 
 
-@needs_onednn
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["onednn", "onednn swapped", "packed"])
-def test_onednn(form):
-    """Rows of a number that only the run tells. Catches columns of another product, a lost bias, an input of another
-    shape, and products that stay as they were."""
-    k, q, v, other = (random(*s, seed=i) for i, s in enumerate([(16, 48), (48, 48), (16, 48), (24, 48)]))
-    bias, length = random(16, seed=9), {7: random(2, 7, 48, seed=8), 9: random(2, 9, 48, seed=7)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["onednn", "onednn swapped", "packed", "template"])
+def test_forms_for_many_rows(form, dtype):
+    """Rows of a number that only the run tells, and sizes that are no multiple of anything. Catches columns of another
+    product, a lost bias, what blocks are filled up with, and products that stay as they were."""
+    linears = Linears(256, (16, 19, 48), 48, dtype, dtype)
+    if form not in (*possible_forms(linears, pack_weights=True), *(["onednn"] if can_multiply(dtype) else [])):
+        pytest.skip(f"{form} is not for {dtype} on this processor")
+    k, q, v, other = (random(n, 48, dtype=dtype, seed=n) for n in (19, 48, 16, 24))
+    bias = random(19, dtype=dtype)
 
     def function(x):
-        return linear(x, k, bias), linear(x, q), linear(x[:, :, :], v), linear(x.cos(), other)
+        return linear(x, k, bias), linear(x, q), linear(x, v), linear(x.cos(), other)
 
-    run, spy = compiled_with(function, LowerLinears({Linears(256, (16, 16, 48), 48, k.dtype, k.dtype): form}))
-    for given in length.values():
+    run, spy = compiled_with(function, LowerLinears({linears: form}))
+    for length in (7, 9):
+        given = random(2, length, 48, dtype=dtype, seed=length)
         torch._dynamo.mark_dynamic(given, 1)
         for got, want in zip(run(given), function(given), strict=True):
             assert_close(got, want)
-    ops = torch.ops.tide.packed_linear.default if form == "packed" else torch.ops.tide.linear.default
-    assert spy.count[ops] == (1 if form == "packed" else 3)
+    assert spy.count[getattr(torch.ops.tide, OPS[form]).default] == (1 if form in TOGETHER else 3)
     assert spy.count[aten.mm.default] == 1 and not spy.count[aten.addmm.default]
 
 
-@needs_onednn
 @torch.no_grad()
-def test_packed_weights(monkeypatch):
+@pytest.mark.skipif(not can_lower(torch.float32), reason="Inductor has no inner loops for this processor")
+def test_blocks_are_kept():
+    """Results as large as a copy. Catches code that takes the memory of a copy for a temporary of its own, and columns
+    that blocks were filled up with."""
+    a, c, x = random(48, 48), random(19, 48), random(48, 48, seed=1)
+
+    def function(product):
+        return lambda x: product(product(product(x, a).cos(), a).sin(), c)
+
+    options = {"fx_graph_cache": False}  # it does not see other code of a lowering
+    run = torch.compile(function(lambda x, weight: template_linear(x, [weight])), options=options)
+    for _ in range(2):
+        assert_close(run(x), function(linear)(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["packed", "template"])
+def test_copies_of_weights(form, monkeypatch):
     """Catches copies that are made for every call, that outlive their weights, or of values that are gone."""
-    monkeypatch.setattr(lowering, "fastest_forms", lambda found, pack: {n: possible_forms(n, pack)[-1] for n in found})
+    if form not in possible_forms(Linears(256, (64,), 64, torch.float32, torch.float32), pack_weights=True):
+        pytest.skip(f"{form} is not for this processor")
+    monkeypatch.setattr(lowering, "fastest_forms", lambda found, _: dict.fromkeys(found, form))
     model, before = tiny("rmsnorm-rope-gqa", layers=2), packed_bytes()
     options = {"exit_threshold": 1.0, "pack_weights": True, **SETTINGS, "lowering": "inductor"}
     run = torch.compile(model, backend="tide", options=options)

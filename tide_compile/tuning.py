@@ -20,10 +20,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name
 from tide_compile.files import cache_folder, write_text
+from tide_compile.gemm_template import template_linear
 from tide_compile.kernels.linear import packed_linear
 from tide_compile.passes.cost import Device
 from tide_compile.passes.lower_attention import attend_one
-from tide_compile.passes.lower_linears import CHUNKS, MOST_STREAMED, WRITTEN, Form, Linears, possible_forms, stream
+from tide_compile.passes.lower_linears import (
+    ALONE,
+    CHUNKS,
+    MOST_STREAMED,
+    TOGETHER,
+    Form,
+    Linears,
+    possible_forms,
+    stream,
+)
 
 log = logging.getLogger("tide_compile")
 
@@ -65,7 +75,7 @@ def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[
     missing = [linears for linears in found if _key(linears, pack_weights) not in known]
     for linears in missing:
         seconds = _seconds(_candidates(linears, pack_weights), linears)
-        calls = {"stream": 0, "packed": 1}  # others: one for each weight
+        calls = {"stream": 0} | dict.fromkeys(TOGETHER, 1)  # others: one for each weight
         known[_key(linears, pack_weights)] = min(
             seconds, key=lambda form: seconds[form] + _CALL * calls.get(form, len(linears.outs))
         )
@@ -123,9 +133,11 @@ def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Prod
         if form == "stream":
             streamed = _streamed(linears.rows, linears.dtype, linears.stored)
             return lambda x, weight, _: streamed(x, weight)
+        if form == "template":
+            return lambda x, _, parts: _templated(x.shape[0], tuple(w.shape[0] for w in parts), linears)(x, *parts)
         if form == "packed":
             return lambda x, _, parts: packed_linear(x, parts)
-        return functools.partial(one_by_one, WRITTEN.get(form, _aten))
+        return functools.partial(one_by_one, ALONE.get(form, _aten))
 
     return {form: candidate(form) for form in possible_forms(linears, pack_weights)}
 
@@ -150,6 +162,16 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
     return compile_graph(graph, [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")])
 
 
+@functools.cache
+def _templated(rows: int, outs: tuple[int, ...], linears: Linears) -> Callable[..., object]:
+    """``template_linear`` compiled for weights of these sizes."""
+    with FakeTensorMode():
+        fakes = [torch.empty(n, linears.ins, dtype=linears.dtype) for n in (rows, *outs)]
+    with tracing(None):
+        graph = make_fx(lambda *given: (template_linear(given[0], given[1:]),))(*fakes)
+    return compile_graph(graph, fakes)
+
+
 def _seconds(
     products: dict[Form, Product], linears: Linears, of: Callable[[list[float]], float] = min
 ) -> dict[Form, float]:
@@ -165,7 +187,7 @@ def _seconds(
     whole = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     weights = [(weight, weight.tensor_split(ends)) for weight in whole]
     for form, product in products.items():
-        _once(product, x, weights if form == "packed" else weights[:1])
+        _once(product, x, weights if form in TOGETHER else weights[:1])
     seconds: dict[Form, list[float]] = {form: [_once(product, x, weights)] for form, product in products.items()}
     while max(map(len, seconds.values())) < _ROUNDS or sum(map(sum, seconds.values())) < _LEAST:
         least = min(map(min, seconds.values()))

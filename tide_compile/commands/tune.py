@@ -127,10 +127,10 @@ def show(
     points: list[Point], best: Point | None, costs: Costs, dropped: list[int], checked: dict | None, what: str,
     device: str | None,
 ) -> None:  # fmt: skip
-    leaving = ", ".join(f"{seconds * 1e3:.1f} after {layer}" for layer, seconds in costs.leaving.items())
+    leaving = ", ".join(f"{seconds * 1e3:.3g} after {layer}" for layer, seconds in costs.leaving.items())
     predicted, screen = "" if device is None else f", predicted for {device}", console()
     screen.print(
-        f"ms per token{predicted}: {costs.off * 1e3:.1f} without exits; {leaving}; {costs.checkpoint * 1e3:.2f} per "
+        f"ms per token{predicted}: {costs.off * 1e3:.3g} without exits; {leaving}; {costs.checkpoint * 1e3:.2g} per "
         "checkpoint",
         soft_wrap=True,
     )
