@@ -1,4 +1,4 @@
-"""tide::linear: products by oneDNN on a CPU, with weights as they are or in copies in oneDNN's own order.
+"""tide::linear and others: products on a CPU with weights as they are, or with copies of them in another order.
 
 ATen hands products in fp32 to another library, whose code does not use all that some makers' processors can do.
 """
@@ -34,6 +34,16 @@ def packed_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.ops.tide.packed_linear.default(x, weights)
 
 
+def template_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """As ``packed_linear``, by Inductor's C++ GEMM template, see ``gemm_template``, where ``has_template``."""
+    return torch.ops.tide.template_linear.default(x, weights)
+
+
+def has_template(dtype: torch.dtype) -> bool:
+    """Whether Inductor has inner loops for products in ``dtype`` on this processor."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and dtype in (torch.float32, torch.bfloat16)
+
+
 def packed_bytes() -> int:
     """Bytes of all copies of weights that there are in this process, see ``TIDEConfig.pack_weights``."""
     found = [copy for copies in _copies.values() for _, copy in copies.values()]
@@ -64,14 +74,38 @@ def _packed_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     return _linear(x, copy_of(weights, "onednn", torch.ops.mkldnn._reorder_linear_weight))
 
 
-library = torch.library.Library("tide", "FRAGMENT")
-for _schema, _run, _out in (
-    ("linear(Tensor x, Tensor weight) -> Tensor", _linear, lambda weight: weight.shape[0]),
-    ("packed_linear(Tensor x, Tensor[] weights) -> Tensor", _packed_linear, lambda ws: sum(w.shape[0] for w in ws)),
+def _template_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return torch.nn.functional.linear(x, torch.cat(weights))
+
+
+def _blocked(weights: list[Tensor], outs: int, width: int, interleaved: int) -> Tensor:
+    """The transpose [K, outs], filled up with zeros, in blocks [outs / width, K, width], of which each ``interleaved``
+    rows take turns."""
+
+    def make(weight: Tensor) -> Tensor:
+        filled = torch.nn.functional.pad(weight, (0, 0, 0, outs - weight.shape[0]))
+        blocks = filled.view(outs // width, width, -1, interleaved).transpose(1, 2)
+        return blocks.reshape(weight.shape[1], outs).contiguous()
+
+    return copy_of(weights, (outs, width, interleaved), make)
+
+
+def _one_beside_the_other(x: Tensor, weights: list[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+
+
+_library = torch.library.Library("tide", "FRAGMENT")
+for _schema, _run, _fake in (
+    ("linear(Tensor x, Tensor weight)", _linear, lambda x, weight: x.new_empty(x.shape[0], weight.shape[0])),
+    ("packed_linear(Tensor x, Tensor[] weights)", _packed_linear, _one_beside_the_other),
+    ("template_linear(Tensor x, Tensor[] weights)", _template_linear, _one_beside_the_other),
+    (
+        "blocked(Tensor[] weights, int outs, int width, int interleaved)",
+        _blocked,
+        lambda weights, outs, *_: weights[0].new_empty(weights[0].shape[1], outs),
+    ),
 ):
     _name = _schema.partition("(")[0]
-    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(_name, _run, "CPU")
-    torch.library.register_fake(
-        f"tide::{_name}", lambda x, given, out=_out: x.new_empty(x.shape[0], out(given)), lib=library
-    )
+    _library.define(f"{_schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"tide::{_name}", _fake, lib=_library)

@@ -15,15 +15,12 @@ from typing import Literal
 
 import torch
 from tide_compile.kernels import route
-from tide_compile.kernels.linear import can_multiply, linear, packed_linear
+from tide_compile.kernels.linear import can_multiply, has_template, linear, packed_linear, template_linear
 from tide_compile.passes.fx_tools import insert_traced, replace_traced, value_of
 from torch import Tensor
 from torch._inductor import test_operators  # noqa: F401 (defines realize)
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
-
-from tide_compile import gemm_template
-from tide_compile.gemm_template import can_lower, template_linear
 
 Form = Literal["aten", "stream", "swapped", "onednn", "onednn swapped", "packed", "template"]
 
@@ -33,8 +30,7 @@ MANY = 256  # rows that stand for any larger number of them, and for one that on
 _TEMPORARY = 1 << 24  # bytes of a weight that are there in fp32 at a time
 
 aten, prims = torch.ops.aten, torch.ops.prims
-# Inductor's cache does not look into an op or its lowering
-_OPS = (gemm_template.__file__, *sorted(map(str, Path(route.__file__).parent.glob("*.py"))))
+_OPS = tuple(sorted(map(str, Path(route.__file__).parent.glob("*.py"))))  # Inductor's cache does not look into an op
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,7 @@ def possible_forms(linears: Linears, pack_weights: bool = False) -> list[Form]:
         "onednn": many and able and linears.dtype == torch.float32,  # which ATen takes in less
         "onednn swapped": many and can_multiply(torch.float32),
         "packed": pack_weights and many and able,
-        "template": pack_weights and many and whole and can_lower(linears.dtype) and linears.ins % 4 == 0,
+        "template": pack_weights and many and whole and has_template(linears.dtype) and linears.ins % 4 == 0,
     }
     return [form for form, possible in found.items() if possible]
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from tide_compile.kernels.linear import can_multiply
+from tide_compile.kernels.linear import can_multiply, has_template, template_linear
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
 from tide_compile.passes.lower_linears import (
     TOGETHER,
@@ -29,7 +29,6 @@ from tests.checks import assert_close
 from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
 from tests.test_passes import capture
 from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, lowering, packed_bytes, record_times, tuning
-from tide_compile.gemm_template import can_lower, template_linear
 from tide_compile.inductor_code import compiling_together
 
 aten = torch.ops.aten
@@ -135,7 +134,7 @@ def test_forms_for_many_rows(form, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not can_lower(torch.float32), reason="Inductor has no inner loops for this processor")
+@pytest.mark.skipif(not has_template(torch.float32), reason="Inductor has no inner loops for this processor")
 def test_blocks_are_kept():
     """Results as large as a copy. Catches code that takes the memory of a copy for a temporary of its own, and columns
     that blocks were filled up with."""

@@ -20,8 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name
 from tide_compile.files import cache_folder, write_text
-from tide_compile.gemm_template import template_linear
-from tide_compile.kernels.linear import packed_linear
+from tide_compile.kernels.linear import packed_linear, template_linear
 from tide_compile.passes.cost import Device
 from tide_compile.passes.lower_attention import attend_one
 from tide_compile.passes.lower_linears import (

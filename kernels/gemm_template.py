@@ -1,4 +1,4 @@
-"""gemm_template: products by Inductor's C++ GEMM template, from copies of weights in the blocks that it reads.
+"""gemm_template: ``tide::template_linear`` lowered to Inductor's C++ GEMM template.
 
 Inductor packs weights only when they are constants of the code; here the code of one layer serves all of them, so that
 its copies are made, and kept, where it runs.
@@ -6,11 +6,9 @@ its copies are made, and kept, where it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import tide_compile.kernels.linear  # noqa: F401 (defines the operators)
 import torch
 import torch._inductor.lowering  # before the template, which it imports itself
-from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.codegen.cpp_gemm_template import CppGemmTemplate
 from torch._inductor.codegen.cpp_micro_gemm import CppMicroGemm, LayoutType, create_micro_gemm
@@ -20,35 +18,7 @@ from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 
-from tide_compile.kernels.linear import copy_of, library
-
 _INTERLEAVED = {LayoutType.NORMAL: 1, LayoutType.VNNI2: 2, LayoutType.VNNI4: 4}
-
-
-def template_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """x [M, K] times the transposes of weights [N, K], one beside the other."""
-    return torch.ops.tide.template_linear.default(x, weights)
-
-
-def _reference(x: Tensor, weights: list[Tensor]) -> Tensor:
-    return torch.nn.functional.linear(x, torch.cat(weights))
-
-
-def can_lower(dtype: torch.dtype) -> bool:
-    """Whether Inductor has inner loops for products in ``dtype`` on this processor."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and dtype in (torch.float32, torch.bfloat16)
-
-
-def _blocked(weights: list[Tensor], outs: int, width: int, interleaved: int) -> Tensor:
-    """The transpose [K, outs], filled up with zeros, in blocks [outs / width, K, width], of which each ``interleaved``
-    rows take turns."""
-
-    def make(weight: Tensor) -> Tensor:
-        filled = torch.nn.functional.pad(weight, (0, 0, 0, outs - weight.shape[0]))
-        blocks = filled.view(outs // width, width, -1, interleaved).transpose(1, 2)
-        return blocks.reshape(weight.shape[1], outs).contiguous()
-
-    return copy_of(weights, (outs, width, interleaved), make)
 
 
 class _BlockedGemm(CppGemmTemplate):
@@ -89,14 +59,4 @@ def _lower(x: ir.TensorBox, weights: list[ir.TensorBox]) -> ir.TensorBox:
     return result if filled == outs else lowerings[torch.ops.aten.slice.Tensor](result, 1, 0, outs)
 
 
-library.define("blocked(Tensor[] weights, int outs, int width, int interleaved) -> Tensor")
-library.impl("blocked", _blocked, "CPU")
-torch.library.register_fake(
-    "tide::blocked", lambda weights, outs, *_: weights[0].new_empty(weights[0].shape[1], outs), lib=library
-)
-library.define("template_linear(Tensor x, Tensor[] weights) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-library.impl("template_linear", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "tide::template_linear", lambda x, weights: x.new_empty(x.shape[0], sum(w.shape[0] for w in weights)), lib=library
-)
 register_lowering(torch.ops.tide.template_linear.default, type_promotion_kind=None)(_lower)
