@@ -1,13 +1,16 @@
-"""lower_attention: attention of one query per sequence as sums, which Inductor fuses with what is around them.
+"""lower_attention: attention of one query per sequence as sums, which Inductor fuses with what is around them, and that
+of many to the keys that they can see.
 
 Runs inside Inductor, on the ATen graph of a piece, as ``lower_linears`` does.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
+from tide_compile.kernels import attention
 from tide_compile.passes.fx_tools import replace_traced
 from tide_compile.passes.lower_linears import in_memory
 from torch import Tensor
@@ -23,18 +26,20 @@ _SAME = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, ate
 
 
 class LowerAttention(CustomGraphPass):
-    """Rewrite attention of one query on a CPU.
+    """Rewrite attention on a CPU.
 
-    Before: ``o, _ = flash_attention(q, k, v)`` with q [B, heads, 1, D]: a call from Python, behind copies of keys and
-    values that are repeated for groups of queries. After: ``attend_one``, in the loops of the segment, which reads
-    each key where it is. Attention that leaves out keys at random or whose other result is used stays as it is.
+    Before: ``o, _ = flash_attention(q, k, v)``, behind copies of keys and values that are repeated for groups of
+    queries. After: for one query, q [B, heads, 1, D], ``attend_one``, in the loops of the segment; for several with a
+    mask ``attend``, a call. Both read each key where it is. Attention that leaves out keys at random or whose other
+    result is used stays as it is.
 
-    Safe because a single query sees all keys but for the mask, in the same order of operations, in fp32.
+    Safe because a single query sees all keys but for the mask, in the same order of operations, in fp32, and because
+    the weight of a key behind a mask of minus infinity is zero.
     """
 
     def uuid(self) -> object:
         """What Inductor's caches tell code made with this pass by."""
-        return get_hash_for_files((__file__,))
+        return get_hash_for_files((__file__, attention.__file__))
 
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=_FLASH):
@@ -42,13 +47,15 @@ class LowerAttention(CustomGraphPass):
             length = arguments["query"].meta["val"].shape[2]
             one = isinstance(length, int) and length == 1  # comparing a symbol would add a guard
             only_first = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-            if not one or not only_first or arguments.get("dropout") or arguments.get("causal"):
+            mask, scale = arguments.get("attn_mask"), arguments.get("scale")
+            plain = only_first and not arguments.get("dropout") and not arguments.get("causal")
+            if not plain or (mask is None and not one):
                 continue
             tensors = [arguments["query"], *(_unrepeated(arguments[name]) for name in ("key", "value"))]
-            mask, scale = arguments.get("attn_mask"), arguments.get("scale")
             inputs = [*tensors, mask] if mask is not None else tensors
+            written = functools.partial(attend_one if one else attention.attend, scale=scale)
             for user in list(node.users):
-                replace_traced(graph, user, inputs, lambda *given, scale=scale: attend_one(*given, scale=scale))
+                replace_traced(graph, user, inputs, lambda *given, written=written: written(*given))
             graph.erase_node(node)
 
 
