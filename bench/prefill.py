@@ -46,8 +46,10 @@ def prompt(model: nn.Module, call: Callable, ids: torch.Tensor) -> Callable[[], 
     return step
 
 
-def operations(model: nn.Module, ids: torch.Tensor) -> int:
-    counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # which torch does not count
+def operations(model: nn.Module, ids: torch.Tensor, attention: bool = True) -> int:
+    counted = {}
+    if attention:
+        counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # which torch does not count
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         model(ids, use_cache=False, logits_to_keep=1)
     return counter.get_total_flops()

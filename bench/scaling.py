@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from tide_compile.kernels.attention import ROWS
 from tide_compile.passes.cost import Device
 from torch import nn
 from tqdm import tqdm
@@ -93,7 +94,7 @@ def show_devices(devices: Sequence[Device]) -> None:
 
     few = [f"{rows}: {told(lambda d, i=i: d.few[i][1])}" for i, (rows, _) in enumerate(devices[0].few)]
     print(f"GB/s of weights: {told(lambda d: d.bandwidth)}, of keys: {told(lambda d: d.keys)}")
-    print(f"GFLOP/s of products of rows: {', '.join(few)}", flush=True)
+    print(f"GFLOP/s of products of rows: {', '.join(few)}; of attention: {told(lambda d: d.attention)}", flush=True)
 
 
 @torch.no_grad()
@@ -138,15 +139,19 @@ def without_exits(model: nn.Module, costs: CostModel, sizes: Sequence[tuple[int,
 
 @torch.no_grad()
 def prompts(model: nn.Module, lengths: Sequence[int]) -> list[Case]:
-    """Predicted: the operations at the speed of products of so many rows."""
+    """Predicted: products at the speed of those of so many rows, and attention at its own, of which a prompt needs half
+    and what its blocks of queries reach over."""
     call, cases = torch.compile(model, backend="tide", options={"exit_threshold": 1.0}), []
     for length in lengths:
         ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
         torch._dynamo.maybe_mark_dynamic(ids, 1)
-        count = operations(model, ids)
+        products = operations(model, ids, attention=False)
+        attention = (operations(model, ids) - products) * (0.5 + ROWS / (2 * length))
 
-        def predicted(device: Device, length: int = length, count: int = count) -> float:
-            return count / device.for_rows(length).flops * 1e3
+        def predicted(
+            device: Device, length: int = length, products: float = products, attention: float = attention
+        ) -> float:
+            return (products / device.for_rows(length).flops + attention / device.attention) * 1e3
 
         cases.append(Case.warm(length, prompt(model, call, ids), predicted, (1, 0)))
     return cases

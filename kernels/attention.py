@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-_ROWS = 128  # queries that share a range of keys
+ROWS = 128  # queries that share a range of keys
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
@@ -25,8 +25,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     out = _empty(query, key, value, mask, scale)
-    for start in range(0, query.shape[2], _ROWS):
-        rows = slice(start, start + _ROWS)
+    for start in range(0, query.shape[2], ROWS):
+        rows = slice(start, start + ROWS)
         bias = mask[..., rows, :]
         seen = (bias.flatten(0, -2).amax(0) > -torch.inf).nonzero()
         keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 1)

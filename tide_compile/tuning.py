@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tide_compile.compiled import compile_graph
 from tide_compile.device import cpu_name
 from tide_compile.files import cache_folder, write_text
+from tide_compile.kernels.attention import attend
 from tide_compile.kernels.linear import packed_linear, template_linear
 from tide_compile.passes.cost import Device
 from tide_compile.passes.lower_attention import attend_one
@@ -94,17 +95,17 @@ def _key(linears: Linears, pack_weights: bool) -> str:
 @functools.cache
 def measured_decoding(dtype: torch.dtype, shared: int = 1) -> Device:
     """This CPU as decoding finds it: products of ``_FEW`` rows in their fastest forms, streamed weights, and attention
-    in which ``shared`` queries read each key."""
+    of one and of many queries, in which ``shared`` heads read each key."""
     outs, ins = (1 << 11, 1 << 11), 1 << 10
     speeds: dict[int, float] = {}
     with compile_lock:  # else a product that another thread has begun to compile could be taken for ready
-        keys = _attention(dtype, shared)
+        keys, attention = _attention(dtype, shared), _prompt_attention(dtype, shared)
         for rows in reversed(_FEW):  # what decoding waits for last, so that it is of the latest moment
             linears = Linears(rows, outs, ins, dtype, dtype)
             seconds = _seconds(_candidates(linears), linears, median)
             speeds[rows] = 2.0 * rows * sum(outs) * ins / min(seconds.values())
     bandwidth = speeds[_FEW[0]] / (2 * _FEW[0]) * dtype.itemsize
-    return Device(speeds[_FEW[-1]], bandwidth, _LOOP, keys, tuple(sorted(speeds.items())))
+    return Device(speeds[_FEW[-1]], bandwidth, _LOOP, keys, tuple(sorted(speeds.items())), attention)
 
 
 def _attention(dtype: torch.dtype, shared: int) -> float:
@@ -121,6 +122,16 @@ def _attention(dtype: torch.dtype, shared: int) -> float:
     pairs = list(zip(keys[::2], keys[1::2], strict=True))
     seconds = median(_once(run, query, pairs) for _ in range(_ROUNDS))
     return sum(k.nbytes for k in keys) / seconds
+
+
+def _prompt_attention(dtype: torch.dtype, shared: int) -> float:
+    """Operations per second of attention of 256 queries to 512 keys that they all see."""
+    groups, rows, length, size = 4, 256, 512, 64
+    shapes = [(1, groups * n, m, size) for n, m in ((shared, rows), (1, length), (1, length))]
+    query, key, value = (torch.ones(shape, dtype=dtype) for shape in shapes)
+    operands = [(key, value, torch.zeros(rows, length, dtype=dtype), None)]
+    seconds = median(_once(attend, query, operands) for _ in range(1 + 2 * _ROUNDS))
+    return 4.0 * query.numel() * length / seconds
 
 
 def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Product]:
