@@ -146,7 +146,7 @@ def prompts(model: nn.Module, lengths: Sequence[int]) -> list[Case]:
         ids = torch.randint(10, model.config.vocab_size - 1, (1, length))
         torch._dynamo.maybe_mark_dynamic(ids, 1)
         products = operations(model, ids, attention=False)
-        attention = (operations(model, ids) - products) * (0.5 + ROWS / (2 * length))
+        attention = (operations(model, ids) - products) * (0.5 + min(ROWS, length) / (2 * length))
 
         def predicted(
             device: Device, length: int = length, products: float = products, attention: float = attention

@@ -15,7 +15,7 @@ ROWS = 128  # queries that share a range of keys
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """softmax(q k^T scale + mask) v of q [B, heads, S, D], k and v [B, heads or groups of them, L, D], and an additive
-    mask [S, L] or [B or 1, heads or 1, S, L].
+    mask [S, L] or [B or 1, heads or 1, S, L], in which S and L may be 1 as well.
 
     Queries are taken in blocks, each with the keys from the first to the last for which the mask of any of them is not
     minus infinity. ``scale`` None: the root of 1 / D.
@@ -25,6 +25,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     out = _empty(query, key, value, mask, scale)
+    mask = mask.expand(*mask.shape[:-2], query.shape[2], key.shape[2])
     for start in range(0, query.shape[2], ROWS):
         rows = slice(start, start + ROWS)
         bias = mask[..., rows, :]

@@ -5,15 +5,20 @@ ATen hands products in fp32 to another library, whose code does not use all that
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+log = logging.getLogger("tide_compile")
+
 _SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-# first weight -> (addresses of all, kind of copy) -> (their states when they were copied, the copy)
-_copies: MutableMapping[Tensor, dict[tuple, tuple[list[object], Tensor]]] = WeakTensorKeyDictionary()
+_copies: MutableMapping[Tensor, dict[tuple, _Copy]] = WeakTensorKeyDictionary()  # of the first weight of each
 
 
 def can_multiply(dtype: torch.dtype) -> bool:
@@ -39,31 +44,59 @@ def template_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.ops.tide.template_linear.default(x, weights)
 
 
+@functools.cache
 def has_template(dtype: torch.dtype) -> bool:
-    """Whether Inductor has inner loops for products in ``dtype`` on this processor."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX") and dtype in (torch.float32, torch.bfloat16)
+    """Whether Inductor has its template, and inner loops for products in ``dtype`` on this processor."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    try:
+        import tide_compile.kernels.gemm_template  # noqa: F401 (only here: its many imports are not for other processes)
+    except ImportError as error:
+        log.warning("products do not try Inductor's C++ GEMM template, which this torch has elsewhere: %s", error)
+        return False
+    return True
 
 
 def packed_bytes() -> int:
     """Bytes of all copies of weights that there are in this process, see ``TIDEConfig.pack_weights``."""
-    found = [copy for copies in _copies.values() for _, copy in copies.values()]
+    found = [each.copy for copies in list(_copies.values()) for each in list(copies.values())]
     return sum(torch.ops.mkldnn._nbytes(copy) if copy.is_mkldnn else copy.nbytes for copy in found)
+
+
+def drop_packed() -> None:
+    """Forget all copies of weights: they are made anew when they are next needed. For weights that were written to in a
+    way that cannot be noticed, see ``copy_of``."""
+    _copies.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A copy, and of what: ``state`` of the weights, and their memory, so that no other gets the same name."""
+
+    state: list[tuple[int, int, int | None]]
+    memory: list[StorageWeakRef]
+    copy: Tensor
 
 
 def copy_of(weights: Sequence[Tensor], kind: object, make: Callable[[Tensor], Tensor]) -> Tensor:
     """What ``make`` does of weights [N, K] one above the other, made once and kept as long as the first is.
 
-    Weights that have got other values since are copied again; values that were written through ``.data`` are not
-    noticed.
+    Weights that have got other values or other memory since are copied again. Not noticed are values that were written
+    in place through ``.data``, as PEFT does when it merges an adapter, or into inference tensors: ``drop_packed``.
     """
     copies = _copies.setdefault(weights[0], {})
-    key = kind, *(weight.data_ptr() for weight in weights)
-    states = [None if weight.is_inference() else weight._version for weight in weights]
+    key = kind, *map(id, weights)
+    state = [
+        (w.untyped_storage()._cdata, w.storage_offset(), None if w.is_inference() else w._version) for w in weights
+    ]
     known = copies.get(key)
-    if known is None or known[0] != states:
-        known = states, make(torch.cat(weights).detach())
-        copies[key] = known
-    return known[1]
+    if known is None or known.state != state:
+        for stale in [k for k, c in list(copies.items()) if any(memory.expired() for memory in c.memory)]:
+            del copies[stale]
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        memory = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
+        copies[key] = known = _Copy(state, memory, make(whole.detach()))
+    return known.copy
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -27,9 +27,8 @@ _PRODUCTS = {_LINEAR, aten.linear.default, aten.mm.default, aten.addmm.default, 
 class Device:
     """``flops``: operations per second of a large matrix product. ``bandwidth``: bytes per second read or written.
     ``overhead``: seconds that a kernel costs whatever its size. ``keys``: bytes of keys and values per second in
-    attention of one query, None: ``bandwidth``. ``attention``: operations per second of that of many queries, None:
-    ``flops``. ``few``: (rows, operations per second) of products of fewer rows than
-    the large one, ascending, if that is known."""
+    attention of one query, None: ``bandwidth``. ``attention``: operations per second of that of many queries, if
+    known. ``few``: (rows, operations per second) of products of fewer rows than the large one, ascending, if known."""
 
     flops: float
     bandwidth: float

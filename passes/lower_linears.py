@@ -143,6 +143,8 @@ ALONE: dict[Form, Callable[..., Tensor]] = {
 
 def possible_forms(linears: Linears, pack_weights: bool = False) -> list[Form]:
     """The forms that a product can take here, and that may be the fastest."""
+    if linears.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return ["aten"]  # all others compute in fp32
     many, whole = linears.rows > MOST_STREAMED, linears.stored == linears.dtype
     able = can_multiply(linears.dtype) and whole
     found: dict[Form, bool] = {
@@ -181,7 +183,9 @@ class LowerLinears(CustomGraphPass):
 
     def uuid(self) -> object:
         """What Inductor's caches tell code made with this pass by."""
-        return get_hash_for_files((__file__, *_OPS)), sorted((str(n), form) for n, form in self.forms.items())
+        able = [can_multiply(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]  # of this processor
+        forms = sorted((str(linears), form) for linears, form in self.forms.items())
+        return get_hash_for_files((__file__, *_OPS)), torch.backends.cpu.get_cpu_capability(), able, forms
 
     def __call__(self, graph: Graph) -> None:
         by_input: dict[tuple[Node, torch.dtype], list[Node]] = defaultdict(list)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from tide_compile.kernels import attention
-from tide_compile.kernels.linear import can_multiply, has_template, template_linear
+from tide_compile.kernels.linear import can_multiply, drop_packed, has_template, template_linear
 from tide_compile.passes.lower_attention import LowerAttention, attend_one
 from tide_compile.passes.lower_linears import (
     TOGETHER,
@@ -161,13 +161,24 @@ def test_copies_of_weights(form, monkeypatch):
     options = {"exit_threshold": 1.0, "pack_weights": True, **SETTINGS, "lowering": "inductor"}
     run = torch.compile(model, backend="tide", options=options)
     ids, sizes = torch.cat([prompt(1)[0]] * 2, dim=1), []
-    for factor in (1.0, 1.0, 0.5):
-        for weight in (model.lm_head.weight, model.model.layers[1].self_attn.v_proj.weight):
-            weight.mul_(factor)
+    attention = model.model.layers[1].self_attn
+    for change in ("none", "none", "in place", "parameter", "data", "data in place"):
+        for product in (model.lm_head, attention.v_proj):
+            weight = product.weight
+            if change == "in place":
+                weight.mul_(0.5)
+            elif change == "parameter":
+                product.weight = nn.Parameter(-weight)
+            elif change == "data":
+                weight.data = 3 * weight.data
+            elif change == "data in place":
+                weight.data.mul_(0.5)
+                drop_packed()
+            del weight
         assert_close(run(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
         sizes.append(packed_bytes() - before)
     assert len(set(sizes)) == 1 and sizes[0] >= sum(p.nbytes for p in model.model.layers.parameters() if p.dim() == 2)
-    del model, run, weight
+    del model, run, attention, product
     torch._dynamo.reset()
     gc.collect()
     assert packed_bytes() == before
@@ -277,9 +288,13 @@ def test_attention_of_a_prompt(dtype, monkeypatch):
     mask[:, :, 8:16] = -torch.inf
     want = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     assert_close(attention.attend(query, key, value, mask, None), want)
-    random_mask = torch.where(random(21, 40) > 1, random(21, 40), -torch.inf).to(dtype)
-    want = scaled_dot_product_attention(query, key, value, attn_mask=random_mask, scale=0.3, enable_gqa=True)
-    assert_close(attention.attend(query, key, value, random_mask, 0.3), want)
+    mask = torch.where(random(2, 6, 21, 40) > 1, random(2, 6, 21, 40), -torch.inf).to(dtype)
+    mask[..., 0] = 0
+    for chosen in (mask, mask[0, 0], mask[:, :1, :1], mask[:1, :1, :, :1]):
+        want = scaled_dot_product_attention(query, key, value, attn_mask=chosen, scale=0.3, enable_gqa=True)
+        got = attention.attend(query, key, value, chosen, 0.3)
+        assert_close(got, want)
+        assert got.stride() == attention._empty(query, key, value, chosen, 0.3).stride()
 
 
 @pytest.mark.parametrize(("heads", "groups", "length"), [(6, 2, 5), (9, 3, 96), (18, 1, 64), (4, 4, 127)])
@@ -317,6 +332,18 @@ def test_weights_of_any_size_are_measured(outs, monkeypatch):
     for pack_weights in (False, True):
         forms = tuning.fastest_forms({few, many}, pack_weights)
         assert all(forms[linears] in possible_forms(linears, pack_weights) for linears in (few, many))
+
+
+def test_forms_that_fail(monkeypatch, caplog):
+    """A form that raises is not tried; ATen's is what remains, and products in fp64 have no other."""
+    monkeypatch.setattr(tuning, "_seconds", MEASURED)
+    monkeypatch.setitem(tuning.ALONE, "swapped", lambda *_: 1 / 0)
+    product = Linears(2, (64,), 64, torch.float32, torch.float32)
+    with caplog.at_level(logging.WARNING, "tide_compile"):
+        assert tuning.fastest_forms({product})[product] in ("aten", "stream")
+    assert "division by zero" in caplog.text
+    double = Linears(2, (64,), 64, torch.float64, torch.float64)
+    assert tuning.known_forms({double}) == {double: "aten"}
 
 
 def test_forms_are_measured_once(monkeypatch, tmp_path, caplog):

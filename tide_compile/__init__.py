@@ -16,7 +16,7 @@ from tide_compile.engine import TIDE  # noqa: E402
 from tide_compile.executor import exit_threshold  # noqa: E402
 from tide_compile.graph_dump import dump  # noqa: E402
 from tide_compile.inspect import explain  # noqa: E402
-from tide_compile.kernels.linear import packed_bytes  # noqa: E402
+from tide_compile.kernels.linear import drop_packed, packed_bytes  # noqa: E402
 from tide_compile.reference import eager_reference  # noqa: E402
 from tide_compile.registry import attach  # noqa: E402
 from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
@@ -34,6 +34,7 @@ __all__ = [
     "TokenTrace",
     "attach",
     "calibrate",
+    "drop_packed",
     "dump",
     "eager_reference",
     "exit_threshold",

@@ -13,7 +13,6 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-import tide_compile.kernels.gemm_template  # noqa: F401 (tells Inductor how to lower an operator)
 from tide_compile.inductor_code import keeping_buffers
 from tide_compile.passes.fx_tools import call, value_of
 from tide_compile.passes.plan import ROWS, Piece

@@ -60,8 +60,8 @@ class TIDEConfig:
         distillation_steps: of 256 tokens, by which ``calibrate`` refines a projection; 0: ridge regression only.
         lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
         pack_weights: on a CPU, products may read copies of their weights in the order that is fastest to multiply,
-            where that is faster. They take as much memory again as those weights (``tide_compile.packed_bytes()``), and
-            values that are written through ``.data`` later are not noticed.
+            where that is faster. Copies take as much memory again as those weights (``tide_compile.packed_bytes()``);
+            values that are written in place through ``.data`` later need ``tide_compile.drop_packed()``.
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
             and that is logged.
 

@@ -126,7 +126,7 @@ def predict_costs(model: nn.Module, bank: RouterBank, config: TIDEConfig, device
         spent += seconds[f"segment_{segment}"]
         layer = plan.checkpoint_of(segment)
         if layer is not None:
-            leaving[layer] = spent + routers.get(f"project_{layer}", 0.0) + seconds[f"fill_{layer}"]
+            leaving[layer] = spent + routers.get(f"project_{layer}", 0.0) + seconds.get(f"fill_{layer}", 0.0)
     asked = sum(routers[f"segment_{segment}"] for segment in range(plan.num_segments))
     return Costs(spent, asked / len(leaving), leaving)
 

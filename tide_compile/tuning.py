@@ -37,7 +37,7 @@ from tide_compile.passes.lower_linears import (
 
 log = logging.getLogger("tide_compile")
 
-Product = Callable[[Tensor, Tensor, Sequence[Tensor]], object]  # of x with a weight, which is also given in parts
+Candidate = Callable[[Tensor, Tensor, Sequence[Tensor]], object]  # takes x, a weight, and the same weight in parts
 
 _WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
@@ -50,9 +50,15 @@ _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart
 
 
 def known_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[Linears, Form]:
-    """The fastest forms of those products that were measured before."""
+    """The fastest forms of those products that were measured before, or that have one form only."""
     known = _load().get(_machine(), {})
-    return {n: known[_key(n, pack_weights)] for n in found if _key(n, pack_weights) in known}
+    forms = {}
+    for linears in found:
+        possible = possible_forms(linears, pack_weights)
+        form = possible[0] if len(possible) == 1 else known.get(_key(linears, pack_weights))
+        if form is not None:
+            forms[linears] = form
+    return forms
 
 
 def begin_measuring(found: Iterable[Linears]) -> None:
@@ -63,7 +69,8 @@ def begin_measuring(found: Iterable[Linears]) -> None:
 
 
 def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[Linears, Form]:
-    """The fastest form of products on this machine's CPU, measured in some 0.3 s each unless it is known.
+    """The fastest form of products on this machine's CPU, measured in some 0.3 s each unless it is known
+    (with ``pack_weights`` 2 s: a template is compiled).
 
     Results are kept in ``linears.json`` in the cache folder, by processor, threads and torch version.
 
@@ -134,12 +141,12 @@ def _prompt_attention(dtype: torch.dtype, shared: int) -> float:
     return 4.0 * query.numel() * length / seconds
 
 
-def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Product]:
+def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Candidate]:
     def one_by_one(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, _: Tensor, parts: Sequence[Tensor]) -> None:
         for weight in parts:
             product(x, weight).contiguous()  # as whatever reads the result may want it
 
-    def candidate(form: Form) -> Product:
+    def candidate(form: Form) -> Candidate:
         if form == "stream":
             streamed = _streamed(linears.rows, linears.dtype, linears.stored)
             return lambda x, weight, _: streamed(x, weight)
@@ -183,7 +190,7 @@ def _templated(rows: int, outs: tuple[int, ...], linears: Linears) -> Callable[.
 
 
 def _seconds(
-    products: dict[Form, Product], linears: Linears, of: Callable[[list[float]], float] = min
+    products: dict[Form, Candidate], linears: Linears, of: Callable[[list[float]], float] = min
 ) -> dict[Form, float]:
     """``of`` the rounds of each product, in which they take turns: the least compares them, because whatever else the
     machine does adds; the median is what to expect. Of very large weights a part will do."""
@@ -196,8 +203,14 @@ def _seconds(
     ends = [sum(linears.outs[:i]) * outs // total for i in range(1, len(linears.outs))]  # in their proportions
     whole = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     weights = [(weight, weight.tensor_split(ends)) for weight in whole]
-    for form, product in products.items():
-        _once(product, x, weights if form in TOGETHER else weights[:1])
+    for form, product in list(products.items()):
+        try:
+            _once(product, x, weights if form in TOGETHER else weights[:1])
+        except Exception as error:  # of a library, or of Inductor's template
+            if form == "aten":
+                raise
+            log.warning("%s is not tried as %s, which failed: %s", linears, form, error)
+            del products[form]
     seconds: dict[Form, list[float]] = {form: [_once(product, x, weights)] for form, product in products.items()}
     while max(map(len, seconds.values())) < _ROUNDS or sum(map(sum, seconds.values())) < _LEAST:
         least = min(map(min, seconds.values()))

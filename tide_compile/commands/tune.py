@@ -54,14 +54,15 @@ def tune_model(
     else:
         with working("tracing the model"):
             target = find_device(device, model.dtype, model.config)
-            costs = predict_costs(model, bank, config, target, len(chosen[0]) + max_new_tokens)
+            context = round(statistics.median(map(len, chosen))) + max_new_tokens // 2
+            costs = predict_costs(model, bank, config, target, context)
     levels = LEVELS if max_disagreement is None else (*LEVELS, *(max_disagreement * f for f in (0.6, 0.8, 1.0)))
     points = tune(model, bank, config, chosen, costs, texts=texts, levels=levels, max_new_tokens=max_new_tokens,
                   progress=not as_json)  # fmt: skip
     best = recommend(points, max_disagreement, min_speedup)
     checked = check(model, bank, best, chosen[1]) if best is not None and device is None else None
     if save is not None and best is not None:
-        save_point(bank, best, save)
+        save_point(bank, best, save, device)
     if plot is not None:
         draw(points, best, plot, name)
     dropped = [layer for layer in bank.layers if not any(layer in p.thresholds for p in points)]
@@ -76,7 +77,7 @@ def tune_model(
         )  # fmt: skip
     else:
         what = f"{len(chosen)} prompts of {source}, {max_new_tokens} tokens each"
-        show(points, best, costs, dropped, checked, what, device)
+        show(points, best, costs, dropped, checked, what, device, dtype)
         for path in (save if best is not None else None, plot):
             if path is not None:
                 notes().print(f"written: {path}", style="dim", markup=False)
@@ -117,18 +118,20 @@ def check(model: object, bank: RouterBank, point: Point, prompt: list[int]) -> d
     return {"ms_on": on * 1e3, "ms_off": off * 1e3, "speedup": off / on}
 
 
-def save_point(bank: RouterBank, point: Point, path: Path) -> None:
-    """A router file with the thresholds of a point; a promise that was about others is taken out."""
+def save_point(bank: RouterBank, point: Point, path: Path, device: str | None) -> None:
+    """A router file with the thresholds of a point, whose speed was predicted if there is a ``device``; a promise that
+    was about others is taken out."""
     kept = {n: value for n, value in bank.metadata.items() if n != PROMISE}
-    replace(bank, thresholds=point.thresholds, metadata={**kept, "tuned": asdict(point)}).save(path)
+    tuned = {**asdict(point), "device": device}
+    replace(bank, thresholds=point.thresholds, metadata={**kept, "tuned": tuned}).save(path)
 
 
 def show(
     points: list[Point], best: Point | None, costs: Costs, dropped: list[int], checked: dict | None, what: str,
-    device: str | None,
+    device: str | None, dtype: str,
 ) -> None:  # fmt: skip
     leaving = ", ".join(f"{seconds * 1e3:.3g} after {layer}" for layer, seconds in costs.leaving.items())
-    predicted, screen = "" if device is None else f", predicted for {device}", console()
+    predicted, screen = "" if device is None else f", predicted for {device} in {dtype}", console()
     screen.print(
         f"ms per token{predicted}: {costs.off * 1e3:.3g} without exits; {leaving}; {costs.checkpoint * 1e3:.2g} per "
         "checkpoint",
