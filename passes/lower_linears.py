@@ -58,19 +58,18 @@ def rows_like(rows: int | torch.SymInt) -> int:
 
 
 def find_linears(graph: Graph) -> set[Linears]:
-    """The products on a CPU in a Dynamo graph."""
-    outs: dict[tuple[Node, torch.dtype], list[int]] = defaultdict(list)
-    ins: dict[Node, int] = {}
-    for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
-        x, weight = (value_of(n) for n in node.args[:2])
-        if x.device.type == "cpu" and all(isinstance(size, int) for size in weight.shape):
-            outs[_undropped(node.args[0]), _stored(weight)].append(weight.shape[0])
-            ins[_undropped(node.args[0])] = weight.shape[1]
+    """The products on a CPU in a Dynamo graph, or one that was traced anew (``retrace``)."""
+    by_input: dict[tuple[Node, torch.dtype], list[Tensor]] = defaultdict(list)
+    for target in (torch._C._nn.linear, aten.linear.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            weight = value_of(node.args[1])
+            if weight.device.type == "cpu" and all(isinstance(size, int) for size in weight.shape):
+                by_input[_undropped(node.args[0]), _stored(weight)].append(weight)
     found = set()
-    for (node, stored), sizes in outs.items():
-        x = value_of(node)
-        rows = rows_like(math.prod(x.shape[:-1]))
-        found.add(Linears(rows, tuple(sorted(sizes)), ins[node], x.dtype, stored))
+    for (node, stored), weights in by_input.items():
+        x, outs = value_of(node), tuple(sorted(weight.shape[0] for weight in weights))
+        rows = MANY if x is None else rows_like(math.prod(x.shape[:-1]))  # None: the run chooses rows
+        found.add(Linears(rows, outs, weights[0].shape[1], weights[0].dtype, stored))
     return found
 
 

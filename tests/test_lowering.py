@@ -245,6 +245,20 @@ def test_quantised_weights_are_streamed():
     assert not spy.count[aten.mm.default] and spy.count[aten.sum.dim_IntList]
 
 
+def test_products_of_chosen_rows_are_found(model, bank, monkeypatch):
+    """In segments that leave rows out, which are traced anew. Catches products that stay as they are there: queries and
+    what follows attention on chosen rows, keys and values on all."""
+    programs, lower = [], lowering.lower
+    monkeypatch.setattr("tide_compile.backend.lower", lambda *args: programs.append(args[0]) or lower(args[0], "eager"))
+    config = TIDEConfig(exit_threshold=0.5, compaction="always", **SETTINGS)
+    TIDE(model, bank, config)(torch.ones(8, 1, dtype=torch.long), past_key_values=StaticCache(model.config, 16))
+    (program,) = programs
+    for name in ("segment_1", "segment_1.compact"):
+        found = find_linears(program.pieces[name].graph.graph)
+        assert sum(len(linears.outs) for linears in found) >= 5, name
+        assert {linears.rows for linears in found} == ({8} if name == "segment_1" else {8, 256})
+
+
 def test_parts_divide_all_products():
     """Inductor makes one loop only of sums of the same size."""
     assert part_size([576, 192, 192]) == 192 and part_size([1536, 1536]) == 768
