@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tide_compile
 from tests.models import GENERATE, HIDDEN
 from tests.tiny_folder import WORD_TEMPLATE, save_tiny, word_tokenizer
-from tide_compile import RouterBank, TIDEConfig
+from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.cli import app
 from tide_compile.commands.tune import tuning_data
 from tide_compile.costs import Costs
@@ -66,7 +66,7 @@ def record(*arguments):
     return json.loads(call(*arguments, "--json").stdout)
 
 
-def test_generate(folder, router, tmp_path):
+def test_generate(folder, router, tmp_path, monkeypatch):
     """Text on stdout and nothing else there; the same as JSON and streamed; a page. Catches another prompt than was
     given, or exits that the text does not have."""
     page = tmp_path / "out.html"
@@ -81,7 +81,12 @@ def test_generate(folder, router, tmp_path):
     assert made["exits"]["exits_per_layer"] == {str(i): counted.count(i) for i in (0, 1) if i in counted}
     done = call(*common, "--stream")
     assert done.stdout.split() == want.split() and "Exited" in done.stderr
+    made = []
+    monkeypatch.setattr(
+        "tide_compile.commands.generate.TIDE", lambda *given: made.append(given[-1].pack_weights) or TIDE(*given)
+    )
     done = call(*common, "--pack-weights")
+    assert made == [True]
     assert done.stdout.split() == want.split() and "copies of weights: 0 B" in done.stderr  # nothing is compiled here
 
 

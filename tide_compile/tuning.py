@@ -77,22 +77,22 @@ def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[
     Args:
         pack_weights: whether copies of the weights may be kept.
     """
-    known = _load().get(_machine(), {})
-    found = sorted(found, key=str)
-    missing = [linears for linears in found if _key(linears, pack_weights) not in known]
-    for linears in missing:
+    found = set(found)
+    forms, measured = known_forms(found, pack_weights), {}
+    calls = {"stream": 0} | dict.fromkeys(TOGETHER, 1)  # others: one for each weight
+    for linears in sorted(found - forms.keys(), key=str):
         seconds = _seconds(_candidates(linears, pack_weights), linears)
-        calls = {"stream": 0} | dict.fromkeys(TOGETHER, 1)  # others: one for each weight
-        known[_key(linears, pack_weights)] = min(
-            seconds, key=lambda form: seconds[form] + _CALL * calls.get(form, len(linears.outs))
-        )
+        fastest = min(seconds, key=lambda form: seconds[form] + _CALL * calls.get(form, len(linears.outs)))
+        forms[linears] = measured[_key(linears, pack_weights)] = fastest
         log.info("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
-    if missing:
+    if measured:
+        known = _load()
+        known[_machine()] = known.get(_machine(), {}) | measured
         try:
-            write_text(_path(), json.dumps(_load() | {_machine(): known}, indent=1, sort_keys=True))
+            write_text(_path(), json.dumps(known, indent=1, sort_keys=True))
         except OSError as error:
             log.warning("what was measured is not kept for the next process: %s", error)
-    return {linears: known[_key(linears, pack_weights)] for linears in found}
+    return forms
 
 
 def _key(linears: Linears, pack_weights: bool) -> str:
