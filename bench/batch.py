@@ -1,6 +1,6 @@
 """python -m bench.batch: decoding one token for each sequence of a batch, of which a chosen share leaves early.
 
-Sequences leave after a third of the layers (``RouterBank.synthetic``; sequences are chosen so that exactly this share
+Sequences leave after a third of the layers (``synthetic_routers``; sequences are chosen so that exactly this share
 of their last tokens does). Contenders share their weights and run in turn in one process, each step decoding the same
 token behind the same context: eager, stock Inductor, tide without exits (off; packed: with copies of the weights, the
 size of which is printed), tide with compaction never (masked), always (compact) and decided by its cost model (auto).
@@ -19,10 +19,10 @@ from torch import nn
 from transformers import StaticCache
 
 import tide_compile
-from bench.models import SMOLLM2, load_model, truncated
 from bench.prefill import KINDS, compared, compiled_kinds, fill_share, ideal, show_memory
-from bench.report import interleave, show
-from tide_compile import RouterBank, TIDEConfig
+from bench.support.models import SMOLLM2, load_model, truncated
+from bench.support.report import interleave, show
+from tide_compile import RouterBank, TIDEConfig, synthetic_routers
 
 SHARES = (0.0, 0.5, 1.0)
 CONTEXT, CACHE = 64, 128  # tokens in the cache, and its length
@@ -33,7 +33,7 @@ def sequences(model: nn.Module, batch: int, share: float, depth: int) -> tuple[t
     """Token ids [B, CONTEXT + 1] and routers after ``depth`` layers, with which ``share`` of the last tokens leave."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, model.config.vocab_size - 1, (max(4 * batch, 16), CONTEXT + 1), generator=generator)
-    bank = RouterBank.synthetic(model, ids, {depth - 1: share})
+    bank = synthetic_routers(model, ids, {depth - 1: share})
     config = TIDEConfig(min_layers=depth, checkpoint_interval=depth)
     with tide_compile.eager_reference(model, bank, config) as reference:
         model(ids, use_cache=False, logits_to_keep=1)

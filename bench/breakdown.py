@@ -19,10 +19,10 @@ import torch
 
 import tide_compile
 from bench.decode import CACHE, CONTEXT, decoder, in_engine, options
-from bench.models import SMOLLM2, load_model
-from bench.report import show
+from bench.support.models import SMOLLM2, load_model
+from bench.support.report import show
 from tide_compile import RouterBank
-from tide_compile.times import EXECUTOR
+from tide_compile.runtime.piece_times import EXECUTOR
 
 PARTS = {
     "prologue": "prologue",

@@ -22,10 +22,10 @@ from torch import nn
 from transformers import StaticCache
 
 import tide_compile
-from bench.models import SMOLLM2, load_model, truncated
-from bench.report import interleave, show, timed
+from bench.support.models import SMOLLM2, load_model, truncated
+from bench.support.report import interleave, show, timed
 from tide_compile import TIDE, RouterBank, TIDEConfig
-from tide_compile.repeats import Repeats, repeating
+from tide_compile.generation.guard_skipping import GuardSkipping, skipping_guards
 
 CONTEXT = 64  # tokens in the cache when timing starts
 CACHE = 256  # length of the static cache
@@ -76,10 +76,10 @@ def in_engine(model: nn.Module, chosen: dict[str, object]) -> Callable[..., obje
     """The model's forward for one token as it is called in the engine's ``generate``."""
     chosen = dict(chosen)
     engine = TIDE(model, chosen.pop("router", None), TIDEConfig.from_options(chosen))
-    repeats = Repeats(engine._compiled)
+    repeats = GuardSkipping(engine._compiled)
 
     def call(ids: torch.Tensor, **kwargs: object) -> object:
-        with repeating(repeats):
+        with skipping_guards(repeats):
             return engine.model(input_ids=ids, **kwargs)
 
     return call

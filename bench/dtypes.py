@@ -18,8 +18,8 @@ from torch import nn
 from transformers import StaticCache
 
 import tide_compile
-from bench.models import SMOLLM2, load_model
-from bench.report import show, timed
+from bench.support.models import SMOLLM2, load_model
+from bench.support.report import show, timed
 from tide_compile import RouterBank, TIDEConfig
 
 PROMPT = "The history of the city begins with a small settlement on the river, where"

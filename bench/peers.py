@@ -26,11 +26,11 @@ from torch import nn
 from transformers import StaticCache
 
 from bench.decode import in_engine
-from bench.models import SMOLLM2, load_model
-from bench.report import Timing, interleave, show, timed
+from bench.support.models import SMOLLM2, load_model
+from bench.support.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
-from tide_compile.certify import PROMISE
-from tide_compile.commands.demo_model import demo_model_file
+from tide_compile.cli.demo_model import demo_model_file
+from tide_compile.thresholds.certify import CERTIFICATE
 
 CONTEXT, CACHE, TOKENS, PIECE = 64, 256, 32, 4
 
@@ -164,7 +164,7 @@ def write_gguf(source: Path, target: str, dtype: torch.dtype) -> None:
 def routed(model: nn.Module, ids: torch.Tensor, path: str) -> tuple[str, Contender]:
     """A router file as a contender, named by its promise."""
     bank = RouterBank.load(path)
-    certificate = bank.metadata.get(PROMISE)
+    certificate = bank.metadata.get(CERTIFICATE)
     name = f"tide certified {certificate['bound']:.0%}" if certificate else f"tide {Path(path).stem}"
     return name, compiled(model, torch.compile(model, backend="tide", options={"router": bank}), ids)
 

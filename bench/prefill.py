@@ -3,7 +3,7 @@
 Contenders share their weights and run in turn in one process: eager, stock Inductor, tide without exits (off; packed:
 with copies of the weights, the size of which is printed), tide with compaction never (masked), always (compact) and
 decided by its cost model (auto). Routers are synthetic
-(``RouterBank.synthetic``). Ideal: the share of the full model's operations (matrix products and attention) that is left
+(``synthetic_routers``). Ideal: the share of the full model's operations (matrix products and attention) that is left
 when rows that have left cost their keys and values only; to ideal: time relative to this share of tide off's time. A
 static cache, the logits of the last token, batch 1.
 """
@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 import tide_compile
-from bench.models import SMOLLM2, load_model, truncated
-from bench.report import Timing, interleave, show
-from tide_compile import RouterBank
-from tide_compile.stats import ExitStats
+from bench.support.models import SMOLLM2, load_model, truncated
+from bench.support.report import Timing, interleave, show
+from tide_compile import synthetic_routers
+from tide_compile.runtime.exit_stats import ExitStats
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 KINDS = {"tide masked": "never", "tide compact": "always", "tide auto": "auto"}
@@ -124,7 +124,7 @@ def main() -> None:
         steps = {"eager": prompt(model, model, ids), "inductor": prompt(model, stock, ids)}
         steps |= {name: prompt(model, call, ids) for name, call in kinds.items()}
         for share in args.shares:
-            bank = RouterBank.synthetic(model, ids, {depth - 1: share})
+            bank = synthetic_routers(model, ids, {depth - 1: share})
             tide_compile.attach(model, bank)
             with tide_compile.record_exits() as stats:
                 for _ in range(2):

@@ -18,19 +18,20 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from bench.models import SMOLLM2, load_model, model_title
-from bench.report import machine, show
+from bench.support.models import SMOLLM2, load_model, model_title
+from bench.support.report import machine, show
 from tide_compile import RouterBank, TIDEConfig
-from tide_compile.calibrate import calibrate
-from tide_compile.certify import certify
-from tide_compile.commands.calibrate import reliability_rows
-from tide_compile.corpus import Corpus, Row
-from tide_compile.decoder import find_decoder
+from tide_compile.calibration.calibrate import calibrate
+from tide_compile.cli.router_tables import reliability_rows
 from tide_compile.files import write_text
-from tide_compile.screen import prices_for, screen, thresholds_at
-from tide_compile.selftext import go_on
-from tide_compile.texts import calibration_texts
-from tide_compile.tune import Point, measure_point, perplexity
+from tide_compile.model.decoder import find_decoder
+from tide_compile.planning.frontier import Point, measure_point, perplexity
+from tide_compile.text.corpus import Corpus, Row
+from tide_compile.text.self_text import continue_prompts
+from tide_compile.text.sources import calibration_texts
+from tide_compile.thresholds.certify import certify
+from tide_compile.thresholds.price import prices_for, thresholds_at
+from tide_compile.thresholds.sweep import sweep_prices
 
 LEVELS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08)  # of disagreement at first sight, of the frontier
 THRESHOLDS = (0.5, 0.85)  # of the reference's recipe
@@ -70,9 +71,9 @@ def screened(
     """The bank with the checkpoints after ``layers`` only, and what their exits do to what the model writes after
     ``prompts``."""
     kept = bank.keep(layers)
-    written = go_on(model, prompts, tokens, sample=False)
+    written = continue_prompts(model, prompts, tokens, sample=False)
     rows = [Row(ids, len(prompt), True) for ids, prompt in zip(written, prompts, strict=True)]
-    kept.metadata["screen"] = screen(find_decoder(model), kept, TIDEConfig(), rows)
+    kept.metadata["screen"] = sweep_prices(find_decoder(model), kept, TIDEConfig(), rows)
     return kept
 
 
@@ -134,7 +135,7 @@ def main() -> None:
     prompts, texts = [row[:32] for row in ids], [row for row in ids if len(row) > 1][: args.texts]
     base = perplexity(model, texts)
 
-    def measured(bank: RouterBank, thresholds: dict[int, float], config: TIDEConfig) -> Point:
+    def measure_machine(bank: RouterBank, thresholds: dict[int, float], config: TIDEConfig) -> Point:
         return measure_point(model, bank, thresholds, config, prompts, texts=texts, full_perplexity=base,
                              max_new_tokens=args.tokens)  # fmt: skip
 
@@ -149,7 +150,7 @@ def main() -> None:
 
     for bound, one in promised.items():
         found = one.metadata["certificate"]
-        point = measured(one, one.thresholds, config)
+        point = measure_machine(one, one.thresholds, config)
         kept = point.disagreement <= bound
         certificates.append(
             [f"{bound:.0%}", found["prompts"], f"{found['measured'] or 0:.2%}", f"{found['layers saved']:.1%}",
@@ -157,13 +158,13 @@ def main() -> None:
         )  # fmt: skip
         add(f"certified: at most {bound:.0%} disagree", point)
     for price in prices_for(bank.metadata["screen"], LEVELS):
-        add(f"price {price:.3g}", measured(bank, thresholds_at(price, bank.layers, bank.num_layers), config))
+        add(f"price {price:.3g}", measure_machine(bank, thresholds_at(price, bank.layers, bank.num_layers), config))
     for layers, cosine in (*((args.min_layers, cosine) for cosine in COSINES), (8, COSINES[-1])):
         recipe = reference_recipe(config, layers, cosine)
         path = args.routers / f"reference-{layers}-{cosine}.safetensors"
         other, name = routers(path, model, tokenizer, recipe, args), f"min_layers {layers}, cosine {cosine}"
         for threshold in THRESHOLDS:
-            point = measured(other, dict.fromkeys(other.layers, threshold), recipe)
+            point = measure_machine(other, dict.fromkeys(other.layers, threshold), recipe)
             add(f"reference's recipe, {name}, threshold {threshold}", point)
     title = f"quality, {args.model}, float32, {len(prompts)} prompts x {args.tokens} greedy tokens"
     show(title, HEADERS, rows, args.json, certificates=certificates, perplexity=base)

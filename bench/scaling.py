@@ -18,19 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tide_compile.kernels.attention import ROWS
-from tide_compile.passes.cost import Device
 from torch import nn
 from tqdm import tqdm
 from transformers import StaticCache
 
 from bench.decode import in_engine
-from bench.models import SMOLLM2, load_model
 from bench.prefill import operations, prompt
-from bench.report import Timing, interleave, show, timed
+from bench.support.models import SMOLLM2, load_model
+from bench.support.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
-from tide_compile.planning import CostModel, find_device
-from tide_compile.tuning import measured_decoding
+from tide_compile.kernels.cpu.attention import ROWS
+from tide_compile.lowering.measure_decoding import measure_decoding
+from tide_compile.passes.graph.cost import Device
+from tide_compile.planning.forecast import CostModel, find_device
 
 TABLES, WARM = ("exit after", "length", "batch", "prompt"), 4
 TURN = 4, 1  # steps of a case, behind one that does not count
@@ -81,7 +81,7 @@ def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[o
 
 
 def device_now(model: nn.Module) -> Device:
-    measured_decoding.cache_clear()
+    measure_decoding.cache_clear()
     return find_device("cpu", model.dtype, model.config)
 
 

@@ -23,12 +23,12 @@ import uvicorn
 from fastapi import FastAPI
 from openai import AsyncOpenAI, OpenAIError
 
-from bench.models import SMOLLM2, load_model
-from bench.report import show
-from tide_compile import TIDE, RouterBank, TIDEConfig
+from bench.support.models import SMOLLM2, load_model
+from bench.support.report import show
+from tide_compile import TIDE, TIDEConfig, synthetic_routers
 from tide_compile.serving import build_app
-from tide_compile.serving_worker import one_thread
-from tide_compile.texts import calibration_texts
+from tide_compile.serving.worker import one_thread
+from tide_compile.text.sources import calibration_texts
 
 _PROMPT = 120  # characters
 
@@ -97,7 +97,7 @@ def ready(args: argparse.Namespace, prompts: list[str]) -> tuple[TIDE, object, f
     bank, config = None, TIDEConfig(exit_threshold=1.0)
     if args.leave:
         ids = tokenizer(" ".join(prompts[:10]), return_tensors="pt")["input_ids"]
-        bank = RouterBank.synthetic(model, ids, {depth - 1: args.leave})
+        bank = synthetic_routers(model, ids, {depth - 1: args.leave})
         config = TIDEConfig(exit_threshold=0.85, min_layers=depth, checkpoint_interval=depth)
     engine = TIDE(model, bank, config)
     return engine, tokenizer, engine.warmup(max_new_tokens=240)

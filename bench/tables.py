@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench import table_quality, table_speed
-from bench.models import SMOLLM2, load_model, model_title
-from bench.page import Table, update_page
-from bench.report import machine
+from bench.support import table_quality, table_speed
+from bench.support.models import SMOLLM2, load_model, model_title
+from bench.support.page import Table, update_page
+from bench.support.report import machine
 from tide_compile import RouterBank, TIDEConfig, calibrate
 from tide_compile.files import write_text
 

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tide_compile as TIDE
-from tide_compile.decoder import find_decoder
+from tide_compile.model.decoder import find_decoder
 
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Once upon a time")
 

@@ -18,9 +18,9 @@ import typer
 import uvicorn
 
 from tide_compile import TIDE, TIDEConfig
-from tide_compile.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.serving import build_app
-from tide_compile.serving_worker import one_thread
+from tide_compile.serving.worker import one_thread
 
 
 def main(

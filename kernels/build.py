@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
-from tide_compile.kernels import compact, project, route, scatter
-from tide_compile.kernels.cards import DTYPES, card_of, check_dtype
-from tide_compile.kernels.tuning import fitting
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
+
+from tide_compile.kernels import compact, project, route, scatter
+from tide_compile.kernels.gpu.autotune import fitting
+from tide_compile.kernels.gpu.cards import DTYPES, card_of, check_dtype
 
 
 @dataclass(frozen=True, slots=True)

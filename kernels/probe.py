@@ -11,8 +11,10 @@ Shapes: B batch, S sequence, H hidden, R rank, K probe vocabulary, F features, D
 from __future__ import annotations
 
 import torch
-from tide_compile.kernels.route import FEW, normalise_reference
 from torch import Tensor
+
+from tide_compile.kernels.few_rows import few_rows_linear
+from tide_compile.kernels.route import normalise_reference
 
 FEATURES = 5
 PARTS = ("first", "second", "second_bias", "inner", "inner_bias", "outer")  # tensors of a probe, in the order of the op
@@ -70,18 +72,10 @@ def read_probe(
 ) -> Tensor:
     """As ``probe_reference``, for the normed state [..., H] fp32."""
     x = x.to(first.dtype)
-    logits = _product(_product(x, first), second).float() + second_bias.float()
+    logits = few_rows_linear(few_rows_linear(x, first), second).float() + second_bias.float()
     features = probe_features(logits)
     hidden = torch.nn.functional.silu((features.unsqueeze(-2) * inner).sum(-1) + inner_bias)
     return (hidden * outer[0]).sum(-1)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """As the router's: for a few rows a sum in fp32, which Inductor fuses with what is around it."""
-    rows = x.numel() // x.shape[-1]
-    if isinstance(rows, int) and rows <= FEW:
-        return (x.unsqueeze(-2).float() * weight.float()).sum(-1).to(x.dtype)
-    return torch.nn.functional.linear(x, weight)
 
 
 # Two matrix products and reductions, of which Inductor makes kernels for CUDA as well.

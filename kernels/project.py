@@ -12,11 +12,12 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
-from tide_compile.kernels.cards import require_support
-from tide_compile.kernels.rows import rows_of
-from tide_compile.kernels.scatter import launch_scatter
-from tide_compile.kernels.tuning import INTERPRETED, tuned
 from torch import Tensor
+
+from tide_compile.kernels.gpu.autotune import INTERPRETED, tuned
+from tide_compile.kernels.gpu.cards import require_support
+from tide_compile.kernels.gpu.rows import rows_of
+from tide_compile.kernels.scatter import launch_scatter
 
 
 def project_reference(

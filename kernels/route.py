@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
-from tide_compile.kernels.cards import require_support
-from tide_compile.kernels.rows import rows_of
-from tide_compile.kernels.tuning import tuned
 from torch import Tensor
 
-FEW = 4  # rows; up to here a product reads the weights once per row, and one matrix product would be mostly padding
+from tide_compile.kernels.few_rows import FEW_ROWS, few_rows_linear
+from tide_compile.kernels.gpu.autotune import tuned
+from tide_compile.kernels.gpu.cards import require_support
+from tide_compile.kernels.gpu.rows import rows_of
 
 
 def normalise_reference(h: Tensor, weight: Tensor, bias: Tensor | None, eps: float, layer_norm: bool) -> Tensor:
@@ -54,20 +54,11 @@ def route_reference(
         ``score`` [B, S] fp32 in 0..1 and ``leave`` [B, S] bool. A row with a NaN or an infinity never leaves.
     """
     x = normalise_reference(h, norm_weight, norm_bias, eps, layer_norm)
-    hidden = torch.nn.functional.silu(_product(x, down))
+    hidden = torch.nn.functional.silu(few_rows_linear(x, down))
     logit = (hidden * up[0]).sum(-1)
     score = torch.sigmoid(logit if offset is None else logit + offset)
     finite = torch.isfinite(h).all(-1)
     return score, active & finite & (score > threshold.float())
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` [B, S, H] times ``weight`` [D, H]. For a few rows as a sum, which Inductor fuses with what is around it; a
-    matrix product is a call of its own, and slower. A symbolic number of rows counts as many."""
-    rows = x.shape[0] * x.shape[1]
-    if isinstance(rows, int) and rows <= FEW:
-        return (x.unsqueeze(-2) * weight).sum(-1)
-    return torch.nn.functional.linear(x, weight)
 
 
 @triton.jit
@@ -190,7 +181,7 @@ def blocks_of(rows: object, bottleneck: int) -> tuple[int, int]:
     whole = min(max(16, triton.next_power_of_2(bottleneck)), _WIDEST)
     if not isinstance(rows, int) or rows > 1024:
         return 16, whole
-    return (1 if rows <= FEW else 16), min(16 if rows <= FEW else 32, whole)
+    return (1 if rows <= FEW_ROWS else 16), min(16 if rows <= FEW_ROWS else 32, whole)
 
 
 def launch_route(

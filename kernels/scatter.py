@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import torch
 import triton
 import triton.language as tl
-from tide_compile.kernels.cards import require_support
-from tide_compile.kernels.rows import rows_of
-from tide_compile.kernels.tuning import tuned
 from torch import Tensor
+
+from tide_compile.kernels.gpu.autotune import tuned
+from tide_compile.kernels.gpu.cards import require_support
+from tide_compile.kernels.gpu.rows import rows_of
 
 
 def scatter_reference(h: Tensor, leave: Tensor, out: Tensor) -> Tensor:

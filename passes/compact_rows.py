@@ -8,23 +8,19 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
-from tide_compile.passes.cost import FLOPS, KEYS, MOVED, flops_of, keys_of
-from tide_compile.passes.frozen_states import add_frozen_states
-from tide_compile.passes.fx_tools import (
-    add_placeholder,
-    mutated_arguments,
-    remove_dead,
-    storage_of,
-    structure_key,
-    value_of,
-)
-from tide_compile.passes.lower_linears import MOST_STREAMED
-from tide_compile.passes.mask_rows import with_running_rows
-from tide_compile.passes.plan import ACTIVE, HIDDEN, ROWS, Piece, Plan, Program
-from tide_compile.passes.retrace import retrace
-from tide_compile.passes.row_rules import ATTENTION, Axis, Call, call_on_rows, whole_operands
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+from tide_compile.passes.aten.gemm_forms import FEW_ROWS
+from tide_compile.passes.frozen_states import add_frozen_states
+from tide_compile.passes.graph.compaction_cost import FLOPS, KEYS, MOVED, keys_of
+from tide_compile.passes.graph.cost import flops_of
+from tide_compile.passes.graph.fx_tools import add_placeholder, mutated_arguments, remove_dead, storage_of, value_of
+from tide_compile.passes.graph.retrace import retrace
+from tide_compile.passes.graph.row_rules import ATTENTION, Axis, Call, call_on_rows, whole_operands
+from tide_compile.passes.graph.structure_key import structure_key
+from tide_compile.passes.mask_rows import with_running_rows
+from tide_compile.passes.plan import ACTIVE, HIDDEN, ROWS, Piece, Plan, Program
 
 log = logging.getLogger("tide_compile")
 aten = torch.ops.aten
@@ -76,7 +72,7 @@ def compact_rows(program: Program, plan: Plan) -> Program:
 
 def _streamed(hidden: torch.Tensor) -> bool:
     rows = hidden.shape[:-1]
-    return hidden.device.type == "cpu" and all(isinstance(n, int) for n in rows) and math.prod(rows) <= MOST_STREAMED
+    return hidden.device.type == "cpu" and all(isinstance(n, int) for n in rows) and math.prod(rows) <= FEW_ROWS
 
 
 def axis_of(hidden: torch.Tensor) -> Axis:

@@ -6,11 +6,12 @@ import copy
 import operator
 from collections.abc import Iterator
 
+from torch.fx import Graph, GraphModule, Node
+
 from tide_compile.passes.frozen_states import add_frozen_states
-from tide_compile.passes.fx_tools import output_nodes, remove_dead
+from tide_compile.passes.graph.fx_tools import output_nodes, remove_dead
 from tide_compile.passes.kv_sources import find_kv_sources, zero_all
 from tide_compile.passes.plan import HIDDEN, Piece, Plan, Program
-from torch.fx import Graph, GraphModule, Node
 
 
 def fill_kv(program: Program, plan: Plan) -> Program:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import networkx as nx
+from torch.fx import Graph, GraphModule, Node
+
 from tide_compile.passes.errors import BoundaryNotUniqueError, LayersSplitError
 from tide_compile.passes.find_layers import layer_of_nodes
-from tide_compile.passes.fx_tools import ancestors, mutated_arguments, shape_of, storage_of, value_of
+from tide_compile.passes.graph.fx_tools import ancestors, mutated_arguments, shape_of, storage_of, value_of
 from tide_compile.passes.plan import Boundaries, Layers, Plan
-from torch.fx import Graph, GraphModule, Node
 
 
 def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]:

@@ -6,12 +6,13 @@ import itertools
 import re
 from collections import defaultdict
 
-from tide_compile.passes.errors import LayersNotFoundError, LayersSplitError, NothingToSkipError
-from tide_compile.passes.fx_tools import shape_of, value_of
-from tide_compile.passes.layer_structure import layers_by_structure
-from tide_compile.passes.plan import Layers, Plan
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+
+from tide_compile.passes.errors import LayersNotFoundError, LayersSplitError, NothingToSkipError
+from tide_compile.passes.graph.fx_tools import shape_of, value_of
+from tide_compile.passes.layer_structure import layers_by_structure
+from tide_compile.passes.plan import Layers, Plan
 
 _INDEXED = re.compile(r"\.(\d+)(?=\.|$)")
 

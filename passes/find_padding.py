@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Graph, GraphModule, Node
+
 from tide_compile.passes.errors import PaddingError
-from tide_compile.passes.fx_tools import ancestors, value_of
+from tide_compile.passes.graph.fx_tools import ancestors, value_of
 from tide_compile.passes.kv_sources import ATTENTION
 from tide_compile.passes.plan import Padding, Plan
-from torch.fx import Graph, GraphModule, Node
 
 
 def find_padding(gm: GraphModule, plan: Plan) -> dict[str, Padding | None]:

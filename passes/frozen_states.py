@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tide_compile.passes.fx_tools import add_placeholder, call, value_of
-from tide_compile.passes.plan import HIDDEN, Piece, Plan
 from torch.fx import Node
+
+from tide_compile.passes.graph.fx_tools import add_placeholder, call, value_of
+from tide_compile.passes.plan import HIDDEN, Piece, Plan
 
 
 def add_frozen_states(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, list[Node]]:

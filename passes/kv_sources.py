@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 
 import torch
-from tide_compile.passes.errors import KVNotFoundError
-from tide_compile.passes.fx_tools import call, shape_of, value_of
 from torch.fx import Graph, Node
+
+from tide_compile.passes.errors import KVNotFoundError
+from tide_compile.passes.graph.fx_tools import call, shape_of, value_of
 
 ATTENTION = torch._C._nn.scaled_dot_product_attention
 

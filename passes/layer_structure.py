@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import networkx as nx
-from tide_compile.passes.fx_tools import ancestors, output_nodes, shape_of, value_of
-from tide_compile.passes.plan import Layers
 from torch.fx import Graph, Node
+
+from tide_compile.passes.graph.fx_tools import ancestors, output_nodes, shape_of, value_of
+from tide_compile.passes.plan import Layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.fx import Node
+
 from tide_compile.passes.frozen_states import add_frozen_states
-from tide_compile.passes.fx_tools import add_placeholder, call, value_of
+from tide_compile.passes.graph.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
 from tide_compile.passes.plan import ACTIVE, HIDDEN, VALID, Piece, Plan, Program
-from torch.fx import Node
 
 
 def mask_rows(program: Program, plan: Plan) -> Program:

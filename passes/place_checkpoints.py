@@ -3,52 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from torch.fx import GraphModule
 
 from tide_compile.passes.errors import CheckpointError
-from tide_compile.passes.plan import Plan, Settings
-from torch.fx import GraphModule
+from tide_compile.passes.plan import Plan
 
 
 def place_checkpoints(gm: GraphModule, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """See ``checkpoint_layers``.
+    """Cut the layers into segments, so that one ends behind each checkpoint of the settings (``segment_cuts``).
 
     Raises:
-        CheckpointError: the routers are for another number of layers, or none falls on a permitted layer.
+        CheckpointError: the routers are for another number of layers.
     """
-    expected = plan.settings.expected_layers
-    if expected not in (None, len(plan.layers)):
+    settings, count = plan.settings, len(plan.layers)
+    if settings.expected_layers not in (None, count):
         raise CheckpointError(
-            f"the routers are for a model of {expected} layers and this one has {len(plan.layers)}. "
+            f"the routers are for a model of {settings.expected_layers} layers and this one has {count}. "
             "Calibrate this model."
         )
-    cuts, checkpoints = checkpoint_layers(len(plan.layers), plan.settings)
-    return {"cuts": cuts, "checkpoints": checkpoints}
+    cuts = segment_cuts(count, settings.checkpoints, settings.segment_length)
+    return {"cuts": cuts, "checkpoints": settings.checkpoints}
 
 
-def checkpoint_layers(num_layers: int, settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cut the layers into equal segments; every ``checkpoint_interval`` layers, at least ``min_layers`` deep, a cut for
-    which there is a router is a checkpoint.
+def checkpoint_layers(num_layers: int, interval: int, min_layers: int) -> tuple[int, ...]:
+    """Where checkpoints may be: behind every ``interval``-th layer, at least ``min_layers`` deep, never behind the last
+    layer, where nothing is left to skip. Layers are numbered from 0, ascending."""
+    return tuple(layer for layer in range(interval - 1, num_layers - 1, interval) if layer + 1 >= min_layers)
 
-    A segment is as long as the interval, or shorter where that leaves no remainder at the end (30 layers, interval 4:
-    2): equal segments are compiled once. There is never a cut after the last layer: nothing is left to skip. Without
-    any router in the settings the model is cut and runs in full.
 
-    Returns:
-        ``(cuts, checkpoints)``, layer numbers in ascending order; checkpoints are a subset of cuts.
+def segment_cuts(num_layers: int, checkpoints: Sequence[int], length: int | None = None) -> tuple[int, ...]:
+    """The layers behind which segments end, ascending: equal segments, which are compiled once.
 
-    Raises:
-        CheckpointError: there are routers, but none falls on a permitted layer.
+    Args:
+        checkpoints: layers at which a segment has to end. length: layers of a segment, of which the number of layers
+            down to each checkpoint is a multiple; None: the largest such number. Segments are shorter where that
+            leaves no remainder at the end (30 layers, 4 to a segment: 2).
     """
-    interval = settings.checkpoint_interval
-    shared = math.gcd(interval, num_layers % interval)
-    length = shared if shared > 1 else interval
-    grid = range(interval - 1, num_layers - 1, interval)
-    permitted = [c for c in grid if c + 1 >= settings.min_layers]
-    checkpoints = tuple(c for c in permitted if c in settings.routers)
-    if settings.routers and not checkpoints:
-        raise CheckpointError(
-            f"no checkpoint can be placed: min_layers={settings.min_layers} and checkpoint_interval={interval} permit "
-            f"exits after layers {permitted} of {num_layers}, the routers are for layers {sorted(settings.routers)}. "
-            "Change these options, or calibrate again with them."
-        )
-    return tuple(range(length - 1, num_layers - 1, length)), checkpoints
+    length = math.gcd(length or 0, *(layer + 1 for layer in checkpoints))
+    shared = math.gcd(length, num_layers % length)
+    length = shared if shared > 1 else length
+    return tuple(range(length - 1, num_layers - 1, length))

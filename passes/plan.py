@@ -24,7 +24,11 @@ OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values a compilation is asked for; ``routers`` maps a layer to the tensors of its router.
+    """Values a compilation is asked for.
+
+    ``checkpoints``: the layers behind which tokens may leave, ascending; none: the model is cut and runs in full.
+    ``segment_length``: layers of a segment, see ``place_checkpoints``. ``routers`` maps each checkpoint to the tensors
+    of its router.
 
     Router tensors: ``down`` [D, H], ``up`` [1, D] and ``threshold`` [], fp32; those of ``tide::probe``, where there is
     one. ``norm_weight`` [H] and ``norm_bias`` [H] or None belong to the normalisation in front of every router.
@@ -32,9 +36,9 @@ class Settings:
     [R, H], ``weight`` [H, R] and ``bias`` [H] of what stands in for it where it is skipped.
     """
 
-    checkpoint_interval: int
-    min_layers: int
+    checkpoints: tuple[int, ...]
     kv_cache_strategy: Literal["propagate", "shortcut", "zero_pad"]
+    segment_length: int | None = None
     routers: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     norm_weight: torch.Tensor | None = None
     norm_bias: torch.Tensor | None = None

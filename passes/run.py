@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch.fx import GraphModule
+
 from tide_compile.passes.plan import Plan, Program, Settings
 from tide_compile.passes.verify import verify
-from torch.fx import GraphModule
 
 
 @dataclass(frozen=True, slots=True)

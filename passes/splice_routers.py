@@ -5,10 +5,12 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch.fx import Graph, GraphModule, Node
+
 from tide_compile.kernels import project, route  # noqa: F401  (defines the ops)
 from tide_compile.kernels.probe import PARTS
 from tide_compile.passes.errors import CheckpointError
-from tide_compile.passes.fx_tools import add_placeholder, call, value_of
+from tide_compile.passes.graph.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.plan import (
     ACTIVE,
     COUNTS,
@@ -21,7 +23,6 @@ from tide_compile.passes.plan import (
     Program,
     Settings,
 )
-from torch.fx import Graph, GraphModule, Node
 
 
 def splice_routers(program: Program, plan: Plan) -> Program:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 
 import torch
-from tide_compile.passes.errors import GraphError
-from tide_compile.passes.find_layers import layer_of_nodes
-from tide_compile.passes.fx_tools import add_placeholder, call, output_nodes, shape_of, value_of
-from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
+
+from tide_compile.passes.errors import GraphError
+from tide_compile.passes.find_layers import layer_of_nodes
+from tide_compile.passes.graph.fx_tools import add_placeholder, call, output_nodes, shape_of, value_of
+from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
 
 
 def split_segments(gm: GraphModule, plan: Plan) -> Program:

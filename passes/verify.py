@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tide_compile.passes.errors import VerificationError
-from tide_compile.passes.fx_tools import output_nodes, value_of
-from tide_compile.passes.plan import OUT, ROWS, VALID, Program
 from torch.fx import GraphModule
+
+from tide_compile.passes.errors import VerificationError
+from tide_compile.passes.graph.fx_tools import output_nodes, value_of
+from tide_compile.passes.plan import OUT, ROWS, VALID, Program
 
 
 def verify(program: GraphModule | Program, after: str) -> None:

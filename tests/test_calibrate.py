@@ -6,20 +6,20 @@ import sys
 
 import pytest
 import torch
-from tide_compile.kernels.route import normalise_reference
 from torch import nn
 
 import tide_compile
-from tests.models import CONFIGS, HIDDEN, LAYERS, VOCABULARY, prompt, tiny
+from tests.support.models import CONFIGS, HIDDEN, LAYERS, VOCABULARY, prompt, tiny
 from tide_compile import RouterBank, TIDEConfig, calibrate
-from tide_compile.collect import Gram, Reservoir
-from tide_compile.decoder import find_decoder
+from tide_compile.calibration.fit_maps import fit_affine
+from tide_compile.calibration.statistics import Gram, Reservoir
+from tide_compile.calibration.train_routers import train_router
 from tide_compile.errors import CalibrationDataError, ConfigError, LayersNotFoundError
-from tide_compile.networks import TokenRouter
-from tide_compile.norms import fit_norm_maybe
-from tide_compile.project import fit_affine
-from tide_compile.texts import calibration_texts
-from tide_compile.train import train_router
+from tide_compile.kernels.route import normalise_reference
+from tide_compile.model.decoder import find_decoder
+from tide_compile.model.norm import fit_norm_maybe
+from tide_compile.routers.networks import TokenRouter
+from tide_compile.text.sources import calibration_texts
 
 CONFIG = TIDEConfig(checkpoint_interval=1, min_layers=1, router_bottleneck_dim=8, distillation_steps=8)
 

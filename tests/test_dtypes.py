@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import tide_compile
-from tests.checks import check, threshold_between
-from tests.models import FEW, prompt, tiny
+from tests.support.compare import check, threshold_between
+from tests.support.models import FEW, prompt, tiny
 from tests.test_calibrate import Characters, texts
 from tide_compile import TIDEConfig, calibrate
-from tide_compile.fingerprint import fingerprint
+from tide_compile.model.fingerprint import fingerprint
 
 SETTINGS = {"min_layers": 1, "checkpoint_interval": 1}
 

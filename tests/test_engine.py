@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast, TextGenerationPipeline, set_se
 from transformers.generation.streamers import BaseStreamer
 
 import tide_compile
-from tests.checks import assert_close
-from tests.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
+from tests.support.compare import assert_close
+from tests.support.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
 
@@ -273,7 +273,7 @@ def test_inference_mode_and_embeddings(model, bank):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_layers_are_not_run(batch, monkeypatch):
     """The promise: once every row has left, no later layer runs, in prompts, batches and decoding."""
-    from tide_compile import executor
+    from tide_compile.runtime import executor
 
     ran = []
     original = executor._Call.__call__

@@ -12,9 +12,9 @@ import httpx
 import pytest
 import torch
 
-from tests.tiny_folder import save_tiny
+from tests.support.tokenizers import save_tiny
 from tide_compile import backend
-from tide_compile.lowering import lower
+from tide_compile.lowering.lower import lower
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 RUN = [

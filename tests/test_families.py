@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.families import PASS, REFUSED, WRONG, examine
-from bench.family_configs import names
-from tide_compile.executor import Executor
+from tests.families.configs import names
+from tests.families.matrix import PASS, REFUSED, WRONG, examine
+from tide_compile.runtime.executor import Executor
 
 SLOW = {"ctrl", "dbrx", "gemma4_text", "mamba"}  # the longest of those expected; graph breaks: test_passes.py
 EXPECTED = {

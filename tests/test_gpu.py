@@ -4,12 +4,13 @@ import re
 
 import pytest
 import torch
-from tide_compile.kernels import compact, project, route, scatter, tuning
 
 import tide_compile
-from tests.models import GENERATE, HIDDEN, LAYERS, prompt, tiny
+from tests.support.models import GENERATE, HIDDEN, LAYERS, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
-from tide_compile.decision import DecisionReader
+from tide_compile.kernels import compact, project, route, scatter
+from tide_compile.kernels.gpu import autotune as tuning
+from tide_compile.runtime.host_read import CountsReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -92,7 +93,7 @@ def test_nothing_waits_but_the_decisions():
 
 
 def test_decisions_come_through_pinned_memory(on_gpu):
-    reader = DecisionReader(size=3)
+    reader = CountsReader(size=3)
     assert reader(torch.tensor([1, 2, 3])) == [1, 2, 3]
     assert reader(torch.tensor([4, 5, 6])) == [4, 5, 6]
     assert reader._local.buffer.is_pinned()

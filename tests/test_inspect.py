@@ -8,13 +8,13 @@ import networkx as nx
 import pydot
 import pytest
 import torch
-from tide_compile.passes.fx_tools import value_of
 
 import tide_compile
-from tests.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
+from tests.support.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError, UnknownOptionError
-from tide_compile.graph_dump import CONTENTS, INDEX
+from tide_compile.inspection.graph_dump import CONTENTS, INDEX
+from tide_compile.passes.graph.fx_tools import value_of
 
 IDS, MASK = prompt(2)
 STRAIGHT = ["prologue", "segment_0", "segment_1", "segment_2", "segment_3", "epilogue"]

@@ -9,8 +9,8 @@ from torch._inductor.codecache import PyCodeCache
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tide_compile.compiled import compile_graph
-from tide_compile.kept_buffers import _Kept, keep_buffers
+from tide_compile.lowering.buffer_reuse import _Kept, reuse_buffers
+from tide_compile.lowering.compile_piece import compile_graph
 
 
 def compiled(f, *examples):
@@ -110,7 +110,7 @@ def test_other_names(tmp_path):
     module.__file__ = str(tmp_path / "code.py")
     Path(module.__file__).write_text(CODE)
     exec(CODE, vars(module))
-    kept = keep_buffers(module)
+    kept = reuse_buffers(module)
     first = kept.call([torch.zeros(8)])
     kept.call([torch.ones(8)])
     assert kept.call is not module.call

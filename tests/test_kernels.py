@@ -9,11 +9,6 @@ import sys
 
 import pytest
 import torch
-from tide_compile.kernels import compact, project, route, scatter
-from tide_compile.kernels.build import DTYPES, Sizes, build, launches
-from tide_compile.kernels.cards import CAPABILITIES, CARDS, CardError, check_dtype
-from tide_compile.kernels.probe import FEATURES
-from tide_compile.kernels.tuning import FIXED, fitting
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
@@ -22,6 +17,11 @@ from triton.runtime import Autotuner
 from typer.testing import CliRunner
 
 from tide_compile.cli import app
+from tide_compile.kernels import compact, project, route, scatter
+from tide_compile.kernels.build import DTYPES, Sizes, build, launches
+from tide_compile.kernels.gpu.autotune import FIXED, fitting
+from tide_compile.kernels.gpu.cards import CAPABILITIES, CARDS, CardError, check_dtype
+from tide_compile.kernels.probe import FEATURES
 
 H, D, R = 64, 16, 8
 
@@ -56,7 +56,7 @@ def test_opcheck():
 
 def interpret(*arguments):
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.kernel_cases", *arguments]
+    command = [sys.executable, "-m", "tests.kernels.interpreted_cases", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     assert re.search(r"^\d+ cases$", done.stdout, re.MULTILINE)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import HIDDEN, LAYERS, SETTINGS, tiny
-from tests.tiny_folder import save_tiny, word_tokenizer
+from tests.support.models import HIDDEN, LAYERS, SETTINGS, tiny
+from tests.support.tokenizers import save_tiny, word_tokenizer
 from tide_compile import RouterBank, TIDEConfig, eager_reference
 from tide_compile.errors import ConfigError, MissingExtraError, NoRouterError
 

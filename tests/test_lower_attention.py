@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tide_compile.kernels import attention
-from tide_compile.passes.lower_attention import LowerAttention, attend_one
 from torch.nn.functional import scaled_dot_product_attention
 
-from tests.aten_graphs import compiled_with, random
-from tests.checks import assert_close
+from tests.support.aten_graphs import compiled_with, random
+from tests.support.compare import assert_close
+from tide_compile.kernels.cpu import attention
+from tide_compile.passes.aten.lower_attention import LowerAttention, attend_one
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -52,7 +52,7 @@ def test_attention_of_one_query(masked, dtype):
 def test_attention_of_a_prompt(dtype, monkeypatch):
     """In a cache that is longer, behind padding, in several blocks, one of which sees nothing. Catches keys that are
     left out of a block although one row of it, or one sequence, sees them, and a mask for other rows."""
-    monkeypatch.setattr("tide_compile.kernels.attention.ROWS", 8)
+    monkeypatch.setattr("tide_compile.kernels.cpu.attention.ROWS", 8)
     query, key, value = (random(2, n, m, 16, dtype=dtype, seed=n) for n, m in ((6, 21), (3, 40), (2, 40)))
     key, at = key[:, :2], torch.arange(40)
     mask = (at <= torch.arange(21)[:, None] + 4) & (at >= torch.tensor([0, 17])[:, None, None])

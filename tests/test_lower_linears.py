@@ -4,25 +4,28 @@ import gc
 
 import pytest
 import torch
-from tide_compile.kernels.linear import can_multiply, drop_packed, has_template, template_linear
-from tide_compile.passes.lower_linears import (
-    TOGETHER,
-    Linears,
-    LowerLinears,
-    find_linears,
-    part_size,
-    possible_forms,
-    rows_like,
-)
 from torch import nn
 from torch.nn.functional import linear
 from transformers import StaticCache
 
-from tests.aten_graphs import compiled_with, random
-from tests.checks import assert_close
-from tests.models import SETTINGS, prompt, tiny
+from tests.support.aten_graphs import compiled_with, random
+from tests.support.compare import assert_close
+from tests.support.models import SETTINGS, prompt, tiny
 from tests.test_passes import capture
-from tide_compile import TIDE, TIDEConfig, lowering, packed_bytes
+from tide_compile import TIDE, TIDEConfig, packed_bytes
+from tide_compile.kernels.cpu.linear import can_multiply, template_linear
+from tide_compile.kernels.cpu.packed_weights import drop_packed
+from tide_compile.lowering import lower as lowering
+from tide_compile.passes.aten.gemm_forms import (
+    TOGETHER,
+    Linears,
+    find_linears,
+    has_template,
+    part_size,
+    possible_forms,
+    rows_like,
+)
+from tide_compile.passes.aten.lower_linears import LowerLinears
 
 aten = torch.ops.aten
 OPS = {"onednn": "linear", "onednn swapped": "linear", "packed": "packed_linear", "template": "template_linear"}
@@ -56,7 +59,7 @@ def test_streamed(rows, dtype):
 def test_swapped(dtype, monkeypatch):
     """Rows of a number that only the run tells, beside a product that stays. Catches a result in the order of the
     weight, products in less than fp32, a lost bias, weights that are converted at once, and rows that are guarded."""
-    monkeypatch.setattr("tide_compile.passes.lower_linears._TEMPORARY", 4 * 48 * 20)  # 20 rows of a weight
+    monkeypatch.setattr("tide_compile.passes.aten.gemm_forms._TEMPORARY", 4 * 48 * 20)  # 20 rows of a weight
     x, q, k, other = (random(*s, dtype=dtype, seed=i) for i, s in enumerate([(2, 7, 48), (48, 48), (16, 48), (24, 48)]))
     bias = random(16, dtype=dtype)
 

@@ -7,16 +7,16 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from tide_compile.passes.lower_linears import (
-    Linears,
-)  # fmt: skip
 from torch._inductor.async_compile import AsyncCompile
 from transformers import StaticCache
 
-from tests.checks import assert_close
-from tests.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
-from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, lowering, record_times, tuning
-from tide_compile.inductor_code import compiling_together
+from tests.support.compare import assert_close
+from tests.support.models import FEW, GENERATE, HIDDEN, SETTINGS, prompt, tiny
+from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, record_times, synthetic_routers
+from tide_compile.lowering import lower as lowering
+from tide_compile.lowering import measure_forms as tuning
+from tide_compile.lowering.hooks import compiling_together
+from tide_compile.passes.aten.gemm_forms import Linears
 
 aten = torch.ops.aten
 MEASURED = tuning._seconds  # before each test has its own
@@ -90,7 +90,7 @@ def test_warmup_compiles_everything(caplog):
     only compiled code gets wrong when rows are left out: the text and the exits are the eager reference's."""
     ids, mask = prompt(4, padding=0)
     model = tiny("rmsnorm-rope-gqa", layers=FEW)
-    bank = RouterBank.synthetic(model, ids, {0: 0.5})
+    bank = synthetic_routers(model, ids, {0: 0.5})
     config = TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always")
     engine = TIDE(model, bank, config)
     assert engine.warmup(batch_size=4) > 0

@@ -6,10 +6,10 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
+from tests.support.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig, exit_threshold
-from tide_compile.engine_stats import Totals
 from tide_compile.metrics import prometheus_text
+from tide_compile.runtime.exit_stats import Totals
 
 
 @pytest.fixture(autouse=True)

@@ -4,18 +4,12 @@ import operator
 
 import pytest
 import torch
-from tide_compile.passes.fx_tools import live_nodes, mutated_arguments, structure_key
-from tide_compile.passes.place_checkpoints import checkpoint_layers
-from tide_compile.passes.plan import ACTIVE, LEAVE, Piece, Program, Settings
-from tide_compile.passes.plan import HIDDEN as STATE
-from tide_compile.passes.run import run
-from tide_compile.passes.verify import verify
 from torch import nn
 from transformers import StaticCache
 
-from bench.family_configs import build
-from tests.checks import check
-from tests.models import CONFIGS, HIDDEN, LAYERS, prompt, tiny
+from tests.families.configs import build
+from tests.support.compare import check
+from tests.support.models import CONFIGS, HIDDEN, LAYERS, prompt, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import (
     BoundaryNotUniqueError,
@@ -27,6 +21,14 @@ from tide_compile.errors import (
     PaddingError,
     VerificationError,
 )
+from tide_compile.passes.graph.fx_tools import live_nodes, mutated_arguments
+from tide_compile.passes.graph.structure_key import structure_key
+from tide_compile.passes.place_checkpoints import checkpoint_layers, segment_cuts
+from tide_compile.passes.plan import ACTIVE, LEAVE, Piece, Program
+from tide_compile.passes.plan import HIDDEN as STATE
+from tide_compile.passes.run import run
+from tide_compile.passes.verify import verify
+from tide_compile.routers.settings import settings_of_bank, settings_without_exits
 
 
 class Block(nn.Module):
@@ -78,9 +80,9 @@ def capture(model, *args, **kwargs):
 def settings(layers=(), **changes):
     config = TIDEConfig(**{"checkpoint_interval": 1, "min_layers": 1, **changes})
     if not layers:
-        return config.settings()
+        return settings_without_exits(config)
     bank = RouterBank.untrained(HIDDEN, LAYERS, layers=layers, bottleneck_dim=16)
-    return bank.settings(config, torch.device("cpu"), torch.float32)
+    return settings_of_bank(bank, config, torch.device("cpu"), torch.float32)
 
 
 def passes(gm, chosen, observer=None):
@@ -230,12 +232,24 @@ def test_boundary_that_can_be_bypassed():
 )
 def test_checkpoints(n, interval, minimum, cuts, checkpoints):
     """Never after the last layer, at least min_layers deep, on the interval; cuts make equal segments."""
-    routers = {i: {} for i in range(n)}
-    if not checkpoints:
-        with pytest.raises(CheckpointError, match=f"min_layers={minimum}"):
-            checkpoint_layers(n, Settings(interval, minimum, "propagate", routers))
-    found = checkpoint_layers(n, Settings(interval, minimum, "propagate", routers if checkpoints else {}))
-    assert found == (tuple(cuts), checkpoints)
+    found = checkpoint_layers(n, interval, minimum)
+    assert found == checkpoints and segment_cuts(n, found, interval) == tuple(cuts)
+
+
+def test_routers_where_no_checkpoint_is_permitted():
+    bank = RouterBank.untrained(HIDDEN, 31, bottleneck_dim=16)
+    config = TIDEConfig(checkpoint_interval=4, min_layers=30, exit_threshold=0.5)
+    with pytest.raises(CheckpointError, match="min_layers=30"):
+        settings_of_bank(bank, config, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("n", "checkpoints", "length"), [(30, (19, 21, 23), 2), (30, (9, 19), 10), (11, (7,), 8), (30, (9,), 10)]
+)
+def test_segments_between_chosen_checkpoints(n, checkpoints, length):
+    """Checkpoints that came with the routers: as few segments as end behind all of them."""
+    cuts = segment_cuts(n, checkpoints)
+    assert set(checkpoints) <= set(cuts) and cuts[0] + 1 == length
 
 
 def test_fill_keeps_only_keys_and_values():

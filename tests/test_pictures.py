@@ -12,13 +12,13 @@ import torch
 from transformers import set_seed
 
 import tide_compile
-from tests.models import HIDDEN, LAYERS, SETTINGS, prompt, tiny
-from tests.tiny_folder import every_byte_tokenizer, word_tokenizer
+from tests.support.models import HIDDEN, LAYERS, SETTINGS, prompt, tiny
+from tests.support.tokenizers import every_byte_tokenizer, word_tokenizer
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
-from tide_compile.plan_page import plan_page
-from tide_compile.times import EXECUTOR, Times
-from tide_compile.token_texts import token_texts
+from tide_compile.generation.token_trace import token_texts
+from tide_compile.inspection.plan_page import plan_page
+from tide_compile.runtime.piece_times import EXECUTOR, Times
 
 CONFIG = TIDEConfig(exit_threshold=0.5, compaction="never", **SETTINGS)
 IDS, MASK = prompt(2)

@@ -5,17 +5,18 @@ import statistics
 
 import pytest
 import torch
-from tide_compile.passes.cost import Device, PieceCost
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, StaticCache
 from typer.testing import CliRunner
 
-from tests.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
-from tide_compile import RouterBank, TIDEConfig, tuning
+from tests.support.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
+from tide_compile import RouterBank, TIDEConfig
 from tide_compile.cli import app
 from tide_compile.errors import ConfigError
-from tide_compile.planning import CostModel, find_device, predict_costs
-from tide_compile.tune import choose
+from tide_compile.lowering import measure_forms as tuning
+from tide_compile.passes.graph.cost import Device, PieceCost
+from tide_compile.planning.forecast import CostModel, find_device, predict_costs
+from tide_compile.planning.frontier import choose
 
 SLOW = Device(flops=1e12, bandwidth=1e9, overhead=0.0)  # bound by memory, as decoding is
 
@@ -93,7 +94,7 @@ def test_devices_and_depths():
 
 def test_this_machine(monkeypatch):
     """Catches keys that are not read, and products of a few rows that are taken to run as fast as large ones."""
-    monkeypatch.setattr(tuning, "_FEW", (16, 64))
+    monkeypatch.setattr("tide_compile.lowering.measure_decoding._FEW", (16, 64))
     device = find_device("cpu", torch.bfloat16, CONFIGS["rmsnorm-rope-gqa"]())
     assert device.keys > 0 and device.bandwidth > 0 and device.attention > 0
     assert [rows for rows, _ in device.few] == [16, 64] and device.flops == device.few[-1][1]

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from tide_compile.kernels.probe import probe_features
 
-from tests.checks import check, threshold_between
-from tests.models import FEW, SETTINGS, probing, tiny
+from tests.support.compare import check, threshold_between
+from tests.support.models import FEW, SETTINGS, probing, tiny
 from tide_compile import RouterBank
-from tide_compile.collect import Gram
-from tide_compile.networks import ProbeRouter, Projection
-from tide_compile.project import distil, divergence, factor, fit_affine
-from tide_compile.train import calibration_error, fit_probe, reliability, train_router
+from tide_compile.calibration.fit_maps import distil, divergence, factor, fit_affine
+from tide_compile.calibration.statistics import Gram
+from tide_compile.calibration.train_routers import calibration_error, fit_probe, reliability, train_router
+from tide_compile.kernels.probe import probe_features
+from tide_compile.routers.networks import ProbeRouter, Projection
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tide_compile
-from bench.models import truncated
-from tests.checks import assert_close, check, threshold_between
-from tests.models import CACHES, logits_of
+from bench.support.models import truncated
+from tests.support.compare import assert_close, check, threshold_between
+from tests.support.models import CACHES, logits_of
 from tide_compile import TIDE, RouterBank, TIDEConfig
 
 pytestmark = pytest.mark.real_model

@@ -9,11 +9,11 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tests.checks import assert_close
-from tests.models import FEW, GENERATE, SETTINGS, prompt, tiny
+from tests.support.compare import assert_close
+from tests.support.models import FEW, GENERATE, SETTINGS, prompt, tiny
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ModelChangedError
-from tide_compile.replay import Replay
+from tide_compile.generation.graph_replay import GraphReplay
 
 OFF = TIDEConfig(exit_threshold=1.0, **SETTINGS)
 LONG = {**GENERATE, "max_new_tokens": 12, "eos_token_id": None}
@@ -177,8 +177,10 @@ def test_another_cache_within_a_call_is_an_error():
 def test_graphs_run_alone(monkeypatch):
     """The code around the graph runs for two tokens, and at the end to see whether it finds the same weights."""
     around = []
-    original = Replay._run_graph
-    monkeypatch.setattr(Replay, "_run_graph", lambda self, *a: (around.append(self._looking), original(self, *a))[1])
+    original = GraphReplay._run_graph
+    monkeypatch.setattr(
+        GraphReplay, "_run_graph", lambda self, *a: (around.append(self._looking), original(self, *a))[1]
+    )
     engine = TIDE(tiny("rmsnorm-rope-gqa", layers=FEW), config=OFF)
     engine.generate(prompt(1)[0], **LONG)
     assert around == [False, False, True]
@@ -222,7 +224,7 @@ def test_what_is_replayed(make, alone):
     torch.compile(model, backend="eager", fullgraph=True)(torch.ones(3))
     function = type(model).forward
     (entry,) = eval_frame._get_cache_entries_for_region(function.__code__, -1)
-    replay = Replay(entry.code, function)
+    replay = GraphReplay(entry.code, function)
     for i in range(5):
         x = torch.full((3,), float(i))
         returned = replay(model, {"x": x})

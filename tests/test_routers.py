@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 import tide_compile
-from tests.models import HIDDEN, LAYERS, prompt, tiny
+from tests.support.models import HIDDEN, LAYERS, prompt, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import NoRouterError, RouterFileError, RouterMismatchError
 from tide_compile.files import router_cache
-from tide_compile.fingerprint import fingerprint
-from tide_compile.registry import find_bank
-from tide_compile.routers import Norm
+from tide_compile.model.fingerprint import fingerprint
+from tide_compile.model.norm import Norm
+from tide_compile.routers.lookup import find_bank
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_attachment_goes_with_the_model():
     model = tiny("rmsnorm-rope-gqa")
     tide_compile.attach(model, RouterBank.untrained(HIDDEN, LAYERS))
     assert find_bank(None, model.parameters())
-    from tide_compile.registry import _attached
+    from tide_compile.routers.lookup import _attached
 
     before = len(_attached)
     del model

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import tide_compile
-from tests.checks import assert_close, check, check_each, threshold_between
-from tests.models import CACHES, CONFIGS, FEW, HIDDEN, LAYERS, logits_of, probing, prompt, shortcuts, tiny
+from tests.support.compare import assert_close, check, check_each, threshold_between
+from tests.support.models import CACHES, CONFIGS, FEW, HIDDEN, LAYERS, logits_of, probing, prompt, shortcuts, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, RouterFileError
+from tide_compile.routers.settings import settings_of_bank
 
 SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
 
@@ -96,10 +97,10 @@ def test_shortcuts_are_asked_for_or_come_with_the_routers(model, bank, tmp_path)
     assert len({tuple(x.flatten().tolist()) for x in logits.values()}) == 3
     config = TIDEConfig(kv_cache_strategy="shortcut")
     with pytest.raises(ConfigError, match="have none"):
-        RouterBank.untrained(HIDDEN, LAYERS).settings(config, torch.device("cpu"), torch.float32)
+        settings_of_bank(RouterBank.untrained(HIDDEN, LAYERS), config, torch.device("cpu"), torch.float32)
     del bank.shortcuts[2]
     with pytest.raises(RouterFileError, match=r"layers \[2\]"):
-        bank.settings(config, torch.device("cpu"), torch.float32)
+        settings_of_bank(bank, config, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [part(run, dtype, batch) for run, dtype, batch in (

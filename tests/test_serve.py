@@ -10,11 +10,11 @@ import pytest
 
 import tide_compile
 from bench.serve import serving
-from tests.models import tiny
-from tests.tiny_folder import byte_tokenizer, tiny_engine
+from tests.support.models import tiny
+from tests.support.tokenizers import byte_tokenizer, tiny_engine
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError
-from tide_compile.serving import build_app
+from tide_compile.serving.app import build_app
 
 TOTAL = 128
 URL = "/v1/completions"

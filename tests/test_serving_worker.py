@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from bench.serve import serving
-from tests.tiny_folder import byte_tokenizer, tiny_engine
-from tide_compile.serving import build_app
-from tide_compile.serving_worker import ReplyText
+from tests.support.tokenizers import byte_tokenizer, tiny_engine
+from tide_compile.serving.app import build_app
+from tide_compile.serving.worker import ReplyText
 
 TOTAL = 128
 URL = "/v1/completions"

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from tests.models import HIDDEN, LAYERS, shortcuts, tiny
+from tests.support.models import HIDDEN, LAYERS, shortcuts, tiny
 from tests.test_calibrate import CONFIG, run, texts
-from tide_compile import RouterBank, TIDEConfig, eager_reference, refine
-from tide_compile.corpus import Row
-from tide_compile.decoder import find_decoder
+from tide_compile import RouterBank, TIDEConfig, eager_reference, synthetic_routers
+from tide_compile.calibration import distil_shortcuts as refine
+from tide_compile.calibration.fit_maps import fit_shortcut
 from tide_compile.errors import ConfigError
-from tide_compile.project import fit_shortcut
+from tide_compile.model.decoder import find_decoder
+from tide_compile.routers.settings import settings_of_bank
+from tide_compile.text.corpus import Row
 
 
 def test_a_low_rank_step_is_found():
@@ -42,21 +44,21 @@ def test_refining_helps_the_tokens_that_stay():
     model = tiny("rmsnorm-rope-gqa")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 120, (20, 24), generator=generator)
-    bank = RouterBank.synthetic(model, ids, {0: 0.5})
+    bank = synthetic_routers(model, ids, {0: 0.5})
     bank.shortcuts = {n: s._replace(weight=s.weight * 0, bias=s.bias * 0) for n, s in shortcuts().items()}
     rows = [Row(row, 0, held_out=i % 5 == 4) for i, row in enumerate(ids.tolist())]
     decoder, held_out = find_decoder(model), [row.ids for row in rows if row.held_out]
     parts = {layer: dict(s.tensors) for layer, s in bank.shortcuts.items()}
     with torch.no_grad():
         before = refine._divergence(decoder, bank, parts, held_out, 0.5).item()
-    found = refine.refine_shortcuts(decoder, bank, rows, 40, seed=0)
-    again = refine.refine_shortcuts(decoder, bank, rows, 40, seed=0)
+    found = refine.distil_shortcuts(decoder, bank, rows, 40, seed=0)
+    again = refine.distil_shortcuts(decoder, bank, rows, 40, seed=0)
     with torch.no_grad():
         after = refine._divergence(decoder, bank, {n: dict(s.tensors) for n, s in found.items()}, held_out, 0.5).item()
     assert 0 < after < before
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(found[n].weight, again[n].weight) for n in found)
-    assert refine.refine_shortcuts(decoder, bank, rows, 0, seed=0) is bank.shortcuts
+    assert refine.distil_shortcuts(decoder, bank, rows, 0, seed=0) is bank.shortcuts
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_calibration_makes_them(changes, layers):
     config = TIDEConfig(**{**CONFIG.to_dict(), **changes})
     bank = run(model, texts(30), config=config)
     assert sorted(bank.shortcuts) == layers
-    settings = bank.settings(config, torch.device("cpu"), torch.float32)
+    settings = settings_of_bank(bank, config, torch.device("cpu"), torch.float32)
     assert (
         settings.kv_cache_strategy == ("shortcut" if layers else "propagate") and sorted(settings.shortcuts) == layers
     )

@@ -7,11 +7,12 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 import tide_compile
-from bench import table_quality, table_speed, tables
-from bench.page import Table, update_page
-from bench.report import Timing
-from tests.models import LAYERS, SETTINGS, prompt
-from tests.tiny_folder import byte_tokenizer, save_tiny
+from bench import tables
+from bench.support import table_quality, table_speed
+from bench.support.page import Table, update_page
+from bench.support.report import Timing
+from tests.support.models import LAYERS, SETTINGS, prompt
+from tests.support.tokenizers import byte_tokenizer, save_tiny
 from tide_compile import TIDE, TIDEConfig
 
 ROWS = prompt(6, length=12, padding=0)[0].tolist()

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import tide_compile
-from tests.models import LAYERS, SETTINGS, prompt
+from tests.support.models import LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
+from tide_compile.routers.settings import settings_of_bank
 
 IDS, MASK = prompt(2)
 EAGER = {"lowering": "eager"}
@@ -36,7 +37,7 @@ def test_checkpoints_of_the_calibration(bank):
     """Routers are used where they were calibrated. Catches one that is left out because nobody repeats the interval."""
 
     def places(**options):
-        settings = bank.settings(TIDEConfig(**options), torch.device("cpu"), torch.float32)
+        settings = settings_of_bank(bank, TIDEConfig(**options), torch.device("cpu"), torch.float32)
         return settings.checkpoint_interval, settings.min_layers
 
     assert places() == (4, 8)

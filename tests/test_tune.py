@@ -6,16 +6,25 @@ import pytest
 import torch
 
 import tide_compile.backend
-from tests.models import HIDDEN, LAYERS, SETTINGS, prompt
+from tests.support.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import TIDEConfig
-from tide_compile.costs import Costs, measure_costs, time_decoding
-from tide_compile.networks import Projection
+from tide_compile.planning.frontier import (
+    Point,
+    checkpoint_sets,
+    choose,
+    find_frontier,
+    measure_point,
+    perplexity,
+    read_scores,
+    recommend,
+)
+from tide_compile.planning.token_costs import TokenCosts, measure_costs, time_decoding
 from tide_compile.reference import eager_reference
-from tide_compile.tune import Point, checkpoint_sets, choose, measure_point, perplexity, read_scores, recommend, tune
+from tide_compile.routers.networks import Projection
 
 PROMPTS = prompt(8, padding=0)[0].tolist()
 CONFIG = TIDEConfig(compaction="never", **SETTINGS)
-COSTS = Costs(off=4.0, checkpoint=0.1, leaving={0: 1.5, 1: 2.0, 2: 3.0})
+COSTS = TokenCosts(off=4.0, checkpoint=0.1, leaving={0: 1.5, 1: 2.0, 2: 3.0})
 
 
 def test_costs_add_up():
@@ -41,7 +50,7 @@ def test_costs_are_those_of_the_engine(model, bank, monkeypatch):
             left[name] = engine.last_stats
         return {"off": [4.0], "all": [4.6], **{n: [n + 1.0] for n in contenders if isinstance(n, int)}}
 
-    monkeypatch.setattr("tide_compile.costs.time_decoding", time)
+    monkeypatch.setattr("tide_compile.planning.token_costs.time_decoding", time)
     costs = measure_costs(model, bank, CONFIG, PROMPTS[0])
     for layer in bank.layers:
         assert left[layer].exit_rate == 1 and set(left[layer].exits_per_layer) == {layer}
@@ -73,7 +82,7 @@ def test_checkpoints_that_do_not_pay_are_dropped():
     scores = torch.where(sure, 0.999, 0.001).expand(400, 3)
     found = choose(scores, sure.expand(400, 3), [0, 1, 2], LAYERS, COSTS, levels=(0.01, 0.02))
     assert [set(thresholds) for thresholds in found] == [{0}]
-    dear = Costs(off=4.0, checkpoint=3.0, leaving=COSTS.leaving)
+    dear = TokenCosts(off=4.0, checkpoint=3.0, leaving=COSTS.leaving)
     assert choose(scores, sure.expand(400, 3), [0, 1, 2], LAYERS, dear, levels=(0.01,)) == []
 
 
@@ -104,15 +113,15 @@ def test_a_point_is_measured_as_it_is_used(model, bank):
 def test_frontier(model, bank):
     """Catches prompts that both choose and measure: all are different, and half are measured."""
     seen = []
-    measure = tide_compile.tune.measure_agreement
+    measure = tide_compile.planning.frontier.measure_agreement
 
     def noted(model, bank, config, prompts, **kwargs):
         seen.append(prompts)
         return measure(model, bank, config, prompts, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tide_compile.tune.measure_agreement", noted)
-        points = tune(model, bank, CONFIG, PROMPTS, COSTS, levels=(0.5, 1.0), max_new_tokens=4, progress=False)
+        patch.setattr("tide_compile.planning.frontier.measure_agreement", noted)
+        points = find_frontier(model, bank, CONFIG, PROMPTS, COSTS, levels=(0.5, 1.0), max_new_tokens=4, progress=False)
     assert points and all(prompts == PROMPTS[1::2] for prompts in seen)
     assert [p.disagreement for p in points] == sorted(p.disagreement for p in points)
 

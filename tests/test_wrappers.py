@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 import tide_compile
-from tests.checks import assert_close
-from tests.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, logits_of, prompt, tiny
+from tests.support.compare import assert_close
+from tests.support.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, logits_of, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
 

@@ -10,19 +10,20 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():  # a checkout, editable or bare: passes/ and kernels/ lie beside this folder
     __path__.append(str(_root))
 
-from tide_compile.calibrate import calibrate  # noqa: E402  (needs __path__)
+from tide_compile.calibration.calibrate import calibrate  # noqa: E402  (needs __path__)
+from tide_compile.calibration.synthetic import synthetic_routers  # noqa: E402
 from tide_compile.config import TIDEConfig  # noqa: E402
-from tide_compile.engine import TIDE  # noqa: E402
-from tide_compile.executor import exit_threshold  # noqa: E402
-from tide_compile.graph_dump import dump  # noqa: E402
-from tide_compile.inspect import explain  # noqa: E402
-from tide_compile.kernels.linear import drop_packed, packed_bytes  # noqa: E402
+from tide_compile.generation.engine import TIDE  # noqa: E402
+from tide_compile.generation.token_trace import TokenTrace  # noqa: E402
+from tide_compile.inspection.explain import explain  # noqa: E402
+from tide_compile.inspection.graph_dump import dump  # noqa: E402
+from tide_compile.kernels.cpu.packed_weights import drop_packed, packed_bytes  # noqa: E402
 from tide_compile.reference import eager_reference  # noqa: E402
-from tide_compile.registry import attach  # noqa: E402
-from tide_compile.routers import RouterBank, TokenRouter  # noqa: E402
-from tide_compile.stats import ExitStats, record_exits  # noqa: E402
-from tide_compile.times import record_times  # noqa: E402
-from tide_compile.trace import TokenTrace  # noqa: E402
+from tide_compile.routers.bank import RouterBank, TokenRouter  # noqa: E402
+from tide_compile.routers.lookup import attach  # noqa: E402
+from tide_compile.runtime.exit_stats import ExitStats, record_exits  # noqa: E402
+from tide_compile.runtime.overrides import exit_threshold  # noqa: E402
+from tide_compile.runtime.piece_times import record_times  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "packed_bytes",
     "record_exits",
     "record_times",
+    "synthetic_routers",
 ]

@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.fx import GraphModule
 
-from tide_compile import generate_guard, headstart
-from tide_compile.compaction import Compaction
-from tide_compile.compiled import compile_whole
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError, TideError
-from tide_compile.executor import Executor
-from tide_compile.lowering import lower
+from tide_compile.generation import compiled_generate as generate_guard
+from tide_compile.inspection.observer import CompileObserver
+from tide_compile.lowering import prewarm as headstart
+from tide_compile.lowering.compile_piece import compile_whole
+from tide_compile.lowering.lower import lower
 from tide_compile.passes.run import run
-from tide_compile.registry import settings_of, version_of
-from tide_compile.watch import Watch
+from tide_compile.routers.lookup import version_of
+from tide_compile.routers.settings import settings_of
+from tide_compile.runtime.compaction_policy import CompactionPolicy
+from tide_compile.runtime.executor import Executor
 
 log = logging.getLogger("tide_compile")
 generate_guard.install()
@@ -54,7 +56,7 @@ def tide_backend(
             "torch.no_grad() or torch.inference_mode()."
         )
     settings_for = functools.partial(settings_of, config, router)
-    watch = Watch(dump)
+    watch = CompileObserver(dump)
     try:
         program, plan = run(gm, functools.partial(settings_for, example_inputs), watch)
     except NothingToSkipError as error:
@@ -70,5 +72,5 @@ def tide_backend(
     watch.planned(program, plan)
     runnables = lower(program, config.lowering, mode, watch.compiled if watch.dumps else None, config.pack_weights)
     version = functools.partial(version_of, router)
-    policy = Compaction(program, plan, config)
+    policy = CompactionPolicy(program, plan, config)
     return Executor(program, plan, runnables, policy, example_inputs, settings_for, version)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from types import MappingProxyType
 
 from tide_compile.errors import ConfigError, UnknownOptionError
-from tide_compile.passes.plan import Settings
 
 _CHOICES = {
     "exit_strategy": ("auto", "identity", "affine", "low_rank"),
@@ -21,9 +19,10 @@ _CHOICES = {
 }
 _SHARES = ("convergence_threshold", "compaction_threshold", "exit_threshold")
 DEFAULT_THRESHOLD = 0.85
-_PLACES = {"min_layers": 8, "checkpoint_interval": 4}
+_OPEN = ("min_layers", "checkpoint_interval", "exit_threshold")  # may be None: as the routers say
 _POSITIVE = (
-    *_PLACES, "calibration_samples", "router_bottleneck_dim", "projection_rank", "probe_rank", "probe_vocabulary",
+    "min_layers", "checkpoint_interval", "calibration_samples", "router_bottleneck_dim", "projection_rank",
+    "probe_rank", "probe_vocabulary",
 )  # fmt: skip
 
 
@@ -93,13 +92,13 @@ class TIDEConfig:
     def __post_init__(self) -> None:
         for name in _SHARES:
             value = getattr(self, name)
-            if value is None and name == "exit_threshold":
+            if value is None and name in _OPEN:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a number from 0 to 1.")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is None and name in _PLACES:
+            if value is None and name in _OPEN:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} is not allowed: give a whole number of at least 1.")
@@ -130,19 +129,6 @@ class TIDEConfig:
                     f"unknown option {name!r}.{hint} Known options: {', '.join(['router', 'mode', 'dump', *known])}."
                 )
         return replace(base or cls(), **options)
-
-    def placed(self, calibration: Mapping[str, object] = MappingProxyType({})) -> TIDEConfig:
-        """With numbers for ``min_layers`` and ``checkpoint_interval``: where this config leaves them open, those of a
-        ``calibration``, or the defaults."""
-        left_open = {name: default for name, default in _PLACES.items() if getattr(self, name) is None}
-        return replace(self, **{name: calibration.get(name) or default for name, default in left_open.items()})
-
-    def settings(self, **routers: object) -> Settings:
-        """What the passes need of this config; ``routers`` are the fields that a bank adds."""
-        placed = self.placed()
-        strategy = "shortcut" if routers.get("shortcuts") else self.kv_cache_strategy
-        strategy = "propagate" if strategy == "auto" else strategy
-        return Settings(placed.checkpoint_interval, placed.min_layers, strategy, compaction=self.compaction, **routers)
 
     @property
     def calibrates_shortcuts(self) -> bool:

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tide_compile.commands.output import record_of
+from tide_compile.cli.output import record_of
 from tide_compile.config import TIDEConfig
-from tide_compile.engine import TIDE
 from tide_compile.errors import ConfigError, MissingExtraError, NoRouterError
-from tide_compile.executor import rehearsal
-from tide_compile.kernels.cards import DTYPES
-from tide_compile.loading import source_of
-from tide_compile.routers import RouterBank
+from tide_compile.generation.engine import TIDE
+from tide_compile.kernels.gpu.cards import DTYPES
+from tide_compile.model.loading import source_of
+from tide_compile.routers.bank import RouterBank
+from tide_compile.runtime.overrides import rehearsal
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tide_compile.config import TIDEConfig
-from tide_compile.decoder import Decoder, call_arguments, find_decoder, valid_tokens
 from tide_compile.kernels.probe import PARTS, probe_reference
 from tide_compile.kernels.project import project_reference
 from tide_compile.kernels.route import route_reference
-from tide_compile.passes.place_checkpoints import checkpoint_layers
-from tide_compile.routers import RouterBank
-from tide_compile.stats import PADDING
+from tide_compile.model.decoder import Decoder, call_arguments, find_decoder, valid_tokens
+from tide_compile.routers.bank import RouterBank
+from tide_compile.routers.settings import settings_of_bank
+from tide_compile.runtime.exit_stats import PADDING
 
 
 class Reference:
@@ -35,9 +35,7 @@ class Reference:
     token left after (N - 1: none, -1: padding); ``scores`` per call a dict layer -> [B, S] fp32."""
 
     def __init__(self, decoder: Decoder, bank: RouterBank, config: TIDEConfig) -> None:
-        device, dtype = decoder.device, decoder.dtype
-        self.settings = bank.settings(config, device, dtype)
-        self.checkpoints = checkpoint_layers(len(decoder.layers), self.settings)[1]
+        self.settings = settings_of_bank(bank, config, decoder.device, decoder.dtype)
         self.last = len(decoder.layers) - 1
         self.zero_pad = config.kv_cache_strategy == "zero_pad"
         self.exit_layers: list[Tensor] = []
@@ -57,7 +55,7 @@ class Reference:
             self.exit_layers.append(torch.where(self.valid, self.last, PADDING))
             self.scores.append({})
         hidden = torch.where(self.frozen.unsqueeze(-1), self.led_on(layer, entered), hidden)
-        if layer in self.checkpoints:
+        if layer in self.settings.checkpoints:
             self.decide(layer, hidden)
         return torch.where(self.exited.unsqueeze(-1), self.out, hidden) if layer == self.last else hidden
 

@@ -1,0 +1,1 @@
+"""Passes that run inside Inductor, on the ATen graph of a piece."""

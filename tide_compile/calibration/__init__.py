@@ -1,0 +1,1 @@
+"""Calibration: from a model and some text to a router file."""

@@ -1,0 +1,130 @@
+"""Training routers on a bounded sample of tokens, and how far their scores can be trusted.
+
+Shapes: T tokens, H hidden, D width of a router, R rank, K probe vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tide_compile.routers.networks import ProbeRouter, TokenRouter
+
+_PATIENCE = 5  # epochs without improvement on held-out tokens
+_EPOCHS = 30
+_PROBE_STEPS = 1000  # of 512 tokens
+_BINS = 10  # of the reliability curve
+
+
+def train_router(
+    router: TokenRouter, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], seed: int
+) -> TokenRouter:
+    """Train a router by binary cross-entropy.
+
+    There are no class weights, whatever the balance of the classes: scores have to be probabilities. What they lack of
+    that on held-out tokens is mended at the end by a temperature (Guo et al., 2017, "On Calibration of Modern Neural
+    Networks").
+
+    Args:
+        router: to be trained in place.
+        train, held_out: normed states [T, H] fp32 and labels [T] in {0, 1}. The epoch with the lowest held-out loss
+            is kept; training stops when it has not improved for 5 epochs.
+        seed: of the order.
+    """
+    states, labels = train
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(router, ProbeRouter):
+        router.standardise_(states)
+    router.requires_grad_(True)
+    optimizer = torch.optim.AdamW(router.parameters(), lr=1e-3, weight_decay=1e-2)
+    best, best_state, stale = float("inf"), None, 0
+    size = max(32, min(256, len(states) // 16))
+    for _ in range(_EPOCHS):
+        for batch in torch.randperm(len(states), generator=generator).split(size):
+            with torch.enable_grad():
+                loss = nn.functional.binary_cross_entropy_with_logits(router.logits(states[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = nn.functional.binary_cross_entropy_with_logits(router.logits(held_out[0]), held_out[1]).item()
+        stale += 1
+        if best_state is None or loss < best:
+            best, stale = loss, 0
+            best_state = {n: t.clone() for n, t in router.state_dict().items()}
+        if stale == _PATIENCE:
+            break
+    router.load_state_dict(best_state)
+    router.requires_grad_(False)
+    router.scale_(_temperature(router.logits(held_out[0]), held_out[1]))
+    return router
+
+
+def fit_probe(states: Tensor, logits: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The map of rank R from normed states [T, H] to ``logits`` [T, K] of the full model: least squares cut to its
+    largest singular values (reduced-rank regression), then distilled (Kullback-Leibler divergence within the K tokens).
+
+    Returns:
+        ``first`` [R, H], ``second`` [K, R], ``second_bias`` [K], fp32.
+    """
+    mean_x, mean_y = states.mean(0), logits.mean(0)
+    x = (states - mean_x).double()
+    gram = x.T @ x / len(x)
+    gram += 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    cross = x.T @ (logits - mean_y).double() / len(x)
+    weight = torch.linalg.solve(gram, cross)  # [H, K]
+    values, vectors = torch.linalg.eigh(gram)
+    root = values.sqrt()
+    left, sizes, right = torch.linalg.svd(root[:, None] * (vectors.T @ weight), full_matrices=False)
+    half = sizes[:rank].sqrt()
+    first = ((vectors / root) @ left[:, :rank] * half).T.float()
+    second = (right[:rank].T * half).float()
+    bias = mean_y - second @ (first @ mean_x)
+    tensors = [nn.Parameter(t.contiguous()) for t in (first, second, bias)]
+    optimizer = torch.optim.Adam(tensors, lr=3e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _PROBE_STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(_PROBE_STEPS):
+        batch = torch.randint(len(states), (512,), generator=generator)
+        with torch.enable_grad():
+            ours = nn.functional.linear(states[batch] @ tensors[0].T, tensors[1], tensors[2])
+            loss = nn.functional.kl_div(
+                ours.log_softmax(-1), logits[batch].log_softmax(-1), reduction="batchmean", log_target=True
+            )
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+    return tuple(t.detach() for t in tensors)
+
+
+def reliability(scores: Tensor, labels: Tensor) -> list[dict[str, float]]:
+    """Tokens by score, in ten equal intervals: their number, mean score and share of label 1."""
+    rows = []
+    for index in range(_BINS):
+        low, high = index / _BINS, (index + 1) / _BINS
+        inside = (scores >= low) & ((scores < high) | (index == _BINS - 1))
+        if inside.any():
+            rows.append(
+                {
+                    "from": low,
+                    "to": high,
+                    "tokens": int(inside.sum()),
+                    "score": round(scores[inside].mean().item(), 4),
+                    "agreement": round(labels[inside].float().mean().item(), 4),
+                }
+            )
+    return rows
+
+
+def calibration_error(curve: list[dict[str, float]]) -> float:
+    """Expected calibration error of a ``reliability`` curve: the mean distance of score and agreement over tokens."""
+    total = sum(row["tokens"] for row in curve)
+    return sum(row["tokens"] * abs(row["score"] - row["agreement"]) for row in curve) / max(1, total)
+
+
+def _temperature(logits: Tensor, labels: Tensor) -> float:
+    """The factor on the logits with the least cross-entropy."""
+    factors = torch.logspace(-0.5, 0.5, 41)
+    losses = torch.stack([nn.functional.binary_cross_entropy_with_logits(logits * f, labels) for f in factors])
+    return factors[losses.argmin()].item()

@@ -1,0 +1,5 @@
+"""The ``tide`` command: names, options and exit codes are in ``main``, the work of each command in a file of its own."""
+
+from tide_compile.cli.main import app
+
+__all__ = ["app"]

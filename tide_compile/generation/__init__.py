@@ -1,0 +1,1 @@
+"""Generation: the engine, and how ``generate`` reaches compiled code."""

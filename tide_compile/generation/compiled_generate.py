@@ -1,0 +1,90 @@
+"""generate_guard: ``torch.compile(model, backend="tide").generate()`` runs the compiled model.
+
+``OptimizedModule`` hands every unknown attribute to the module it wraps, so its ``generate`` is the original model's
+and calls the original forward: no backend is ever reached, and nothing says so. Only ``model.compile(...)`` is free of
+this. Importing this package's backend (which ``torch.compile(backend="tide")`` does by itself) therefore makes
+``generate`` of modules compiled for tide, and of no others, run through the compiled forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from transformers import GenerationMixin
+
+from tide_compile.errors import ConfigError
+from tide_compile.generation.finished_rows import FinishedRows
+
+_TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
+
+
+def install() -> None:
+    """Teach ``OptimizedModule`` about ``generate``; once."""
+    if getattr(OptimizedModule.__getattr__, "_tide", False):
+        return
+    inherited = OptimizedModule.__getattr__
+
+    @functools.wraps(inherited)
+    def getattr_(self: OptimizedModule, name: str) -> object:
+        if name == "generate" and _backend_name(self) in ("tide", "tide_backend"):
+            return routed_through(self).generate
+        return inherited(self, name)
+
+    getattr_._tide = True
+    OptimizedModule.__getattr__ = getattr_
+
+
+def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None = None) -> nn.Module:
+    """A twin of the wrapped model whose calls run ``compiled`` (or ``call``, which should).
+
+    It shares all modules, parameters and buffers with the model, which stays as it is. transformers' own compilation
+    of static-cache decoding, which would put plain Inductor in the place of tide, is switched off in it.
+
+    Raises:
+        ConfigError: the model is a wrapper whose ``generate`` calls the model inside, past what is compiled.
+    """
+    if _TWIN not in compiled.__dict__:
+        model = compiled._orig_mod
+        if not isinstance(model, GenerationMixin):
+            raise ConfigError(
+                f"{type(model).__name__}.generate calls the model inside it, which is not the compiled one. Use "
+                "tide_compile.TIDE(model), or compile the transformers model inside."
+            )
+        twin = compiled.__dict__[_TWIN] = copy.copy(model)
+        twin._compiled_call_impl = FinishedRows(twin, call or compiled.__call__)
+        twin._valid_auto_compile_criteria = lambda *_: False
+    return compiled.__dict__[_TWIN]
+
+
+def generating_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself, or the one inside a wrapper (adapters).
+
+    Raises:
+        ConfigError: there is none, or the wrapper does more than call it.
+    """
+    if isinstance(model, GenerationMixin):
+        return model
+    inner = next((m for m in model.modules() if isinstance(m, GenerationMixin)), None)
+    if inner is None:
+        raise ConfigError(f"{type(model).__name__} holds no transformers model that generates. Pass one.")
+    ids = torch.zeros(1, 2, dtype=torch.long, device=inner.device)
+    with torch.no_grad():
+        whole, part = (m(input_ids=ids, use_cache=False).logits for m in (model, inner))
+    if not torch.equal(whole, part):
+        raise ConfigError(
+            f"{type(model).__name__} does more than call the {type(inner).__name__} inside it (tokens or states of "
+            "its own), and generation with exits would leave that out. Merge it into the model first."
+        )
+    return inner
+
+
+def _backend_name(compiled: OptimizedModule) -> str | None:
+    callback = getattr(compiled.dynamo_ctx, "callback", None)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return getattr(callback, "compiler_name", None)

@@ -1,0 +1,1 @@
+"""Inspection: what the compiler did with a graph, as text, files and pages."""

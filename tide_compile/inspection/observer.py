@@ -1,0 +1,51 @@
+"""watch: who is told what happens to a graph: the log, torch's structured trace, and the dumps that are open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch._logging import trace_structured
+
+from tide_compile.inspection.graph_dump import new_dumps
+from tide_compile.inspection.graph_source import source_of
+from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.run import PassEvent
+
+log = logging.getLogger("tide_compile")
+
+
+class CompileObserver:
+    """An observer of the passes and of what follows them. ``dump``: the backend's option of that name."""
+
+    def __init__(self, dump: object = None) -> None:
+        self.dumps = new_dumps(dump)
+        self._passes = 0
+
+    def __call__(self, event: PassEvent) -> None:
+        self._passes += 1
+        log.debug("%s", event)
+        trace_artifact(f"tide_{self._passes:02d}_{event.name}", lambda: source_of(event.program, str(event)))
+        for dump in self.dumps:
+            dump(event)
+
+    def planned(self, program: Program, plan: Plan) -> None:
+        """The passes are done."""
+        log.info("%d layers, exits after layers %s", len(plan.layers), list(plan.checkpoints) or "none")
+        for dump in self.dumps:
+            dump.planned(program, plan)
+
+    def compiled(self, piece: str, files: list[str]) -> None:
+        """A piece is compiled into ``files``."""
+        for dump in self.dumps:
+            dump.compiled(piece, files)
+
+    def failed(self, error: Exception) -> None:
+        """The passes gave up."""
+        for dump in self.dumps:
+            dump.failed(error)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Add an artifact to the compilation that is going on. ``text`` is called only where a trace is wanted."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)

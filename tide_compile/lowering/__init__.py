@@ -1,0 +1,1 @@
+"""Lowering: from pieces of a graph to code by Inductor."""

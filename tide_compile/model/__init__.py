@@ -1,0 +1,1 @@
+"""A decoder and what can be known of it: layers, norm, head, fingerprint, where it is loaded from."""

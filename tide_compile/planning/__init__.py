@@ -1,0 +1,1 @@
+"""Planning: what tokens cost, and what can be had for which disagreement."""

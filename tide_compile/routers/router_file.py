@@ -1,0 +1,90 @@
+"""router_file: router files: safetensors with a header in JSON, or a ``router.pt`` of tide-inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tide_compile.errors import RouterFileError
+from tide_compile.files import write_tensors
+from tide_compile.model.decoder import find_decoder
+from tide_compile.model.fingerprint import fingerprint
+from tide_compile.model.norm import Norm
+from tide_compile.routers.networks import TokenRouter
+
+FORMAT = "tide-routers-2"
+_PICKLED = (".pt", ".pth", ".bin")
+
+
+def write_router_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, object]) -> Path:
+    """Write tensors by name, in fp32, and a header of plain values; atomically."""
+    whole = {n: t.float().cpu().contiguous() for n, t in tensors.items()}
+    return write_tensors(path, whole, {"tide": json.dumps({"format": FORMAT, **header})})
+
+
+def read_router_file(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors and the header of a file.
+
+    Raises:
+        RouterFileError: no such file, not readable, or of another format.
+    """
+    _require(path)
+    try:
+        with safe_open(path, "pt") as file:
+            header = dict(json.loads((file.metadata() or {}).get("tide", "{}")))
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise RouterFileError(f"{str(path)!r} is not a readable router file ({error}). Calibrate again.") from error
+    found = header.pop("format", None)
+    if found != FORMAT:
+        raise RouterFileError(
+            f"{str(path)!r} is a safetensors file, but not a router file of format {FORMAT!r} (found {found!r}). "
+            "Calibrate again."
+        )
+    return tensors, header
+
+
+def is_tide_inference(path: Path) -> bool:
+    """Whether this is a file of tide-inference: by its name."""
+    return path.suffix in _PICKLED
+
+
+def read_tide_inference(path: Path, model: nn.Module | None) -> tuple[dict[int, TokenRouter], Norm, int, str]:
+    """Routers by layer from a ``router.pt`` of tide-inference, and what that lacks: the norm, the number of layers and
+    the fingerprint of the model.
+
+    Raises:
+        RouterFileError: no such file, not readable, for another hidden size, or there is no ``model``.
+    """
+    _require(path)
+    if model is None:
+        raise RouterFileError(
+            f"{str(path)!r} is a router file of tide-inference, which lacks the model's norm. Load it with "
+            "tide_compile.TIDE(model, router_path=...), or convert it once: "
+            "RouterBank.load(path, model=model).save('router.safetensors')."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        routers = {}
+        for layer, weights in state["router_layers"].items():
+            routers[int(layer)] = TokenRouter(state["hidden_dim"], state["bottleneck_dim"])
+            routers[int(layer)].load_state_dict(weights)
+    except Exception as error:  # torch.load raises many kinds for a bad file
+        raise RouterFileError(f"{str(path)!r} is not a readable tide-inference router file ({error}).") from error
+    decoder = find_decoder(model)
+    if decoder.hidden_dim != state["hidden_dim"]:
+        raise RouterFileError(
+            f"{str(path)!r} is for models of hidden size {state['hidden_dim']}, this one has {decoder.hidden_dim}."
+        )
+    return routers, decoder.final_norm(), len(decoder.layers), fingerprint(model.parameters())
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise RouterFileError(
+            f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, save_path=...)."
+        )

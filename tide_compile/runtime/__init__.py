@@ -1,0 +1,1 @@
+"""Run time: the executor, and what it needs while a graph runs."""

@@ -1,0 +1,1 @@
+"""Thresholds: their price, what they lead to, and certificates."""

@@ -1,0 +1,109 @@
+"""What exits cost and save on text that the model writes itself, per prompt, against the model without exits.
+
+Shapes: B batch, G generated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tide_compile.config import TIDEConfig
+from tide_compile.model.decoder import Decoder, find_decoder
+from tide_compile.reference import eager_reference
+from tide_compile.routers.bank import RouterBank
+from tide_compile.runtime.exit_stats import ExitStats
+from tide_compile.text.self_text import end_tokens, left_padded, written_length
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One continuation.
+
+    Attributes:
+        tokens: [G] int64, what was generated, up to and with the end of the sequence.
+        exit_layers: [G] int64, the layer that each left after.
+        agrees: [G] bool, whether the model without exits prefers the same token after the same prefix.
+    """
+
+    tokens: Tensor
+    exit_layers: Tensor
+    agrees: Tensor
+
+    @property
+    def disagreement(self) -> float:
+        """Share of tokens, 0..1."""
+        return 1 - self.agrees.float().mean().item()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of some prompts: a list of generations, and the number of layers of the model."""
+
+    generations: Sequence[Generation]
+    num_layers: int
+
+    @property
+    def disagreement(self) -> float:
+        """Mean over prompts of the share of tokens, 0..1."""
+        return sum(g.disagreement for g in self.generations) / len(self.generations)
+
+    @property
+    def layers_saved(self) -> float:
+        """Share of layer passes of generated tokens that exits made unnecessary, 0..1."""
+        return self.stats.layers_saved
+
+    @property
+    def stats(self) -> ExitStats:
+        """Exits of the generated tokens; prompts are not counted."""
+        stats = ExitStats()
+        stats.add_layers(self.num_layers, torch.cat([g.exit_layers for g in self.generations]))
+        return stats
+
+
+@torch.no_grad()
+def measure_agreement(
+    model: nn.Module,
+    bank: RouterBank,
+    config: TIDEConfig,
+    prompts: Iterable[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    pad_token_id: int = 0,
+    progress: bool = False,
+) -> Outcome:
+    """Let the model with exits write greedily after each prompt, by the eager reference, and ask the model without
+    exits what it would have written after each of the same prefixes.
+
+    Args:
+        model: uncompiled. prompts: token ids. max_new_tokens: G, fewer where a sequence ends.
+        batch_size: prompts at a time; shorter ones are padded on the left.
+    """
+    decoder, prompts, generations = find_decoder(model), [list(p) for p in prompts], []
+    ends = end_tokens(model)
+    bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress)
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        ids, mask = left_padded(batch, pad_token_id, decoder.device)
+        with eager_reference(model, bank, config, decoder) as reference:
+            text = model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id
+            )
+        layers = torch.stack([call[:, -1] for call in reference.exit_layers], 1).cpu()  # [B, G]
+        for prompt, written, left_at in zip(batch, text[:, ids.shape[1] :].cpu(), layers, strict=True):
+            length = written_length(written, ends)
+            generations.append(_compare(decoder, prompt, written[:length], left_at[:length]))
+            bar.update()
+    bar.close()
+    return Outcome(generations, len(decoder.layers))
+
+
+def _compare(decoder: Decoder, prompt: list[int], written: Tensor, exit_layers: Tensor) -> Generation:
+    ids = torch.cat([torch.tensor(prompt), written]).to(decoder.device)
+    logits = decoder.model.forward(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return Generation(written, exit_layers, logits.argmax(-1).cpu() == written)
