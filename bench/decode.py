@@ -76,10 +76,10 @@ def in_engine(model: nn.Module, chosen: dict[str, object]) -> Callable[..., obje
     """The model's forward for one token as it is called in the engine's ``generate``."""
     chosen = dict(chosen)
     engine = TIDE(model, chosen.pop("router", None), TIDEConfig.from_options(chosen))
-    repeats = GuardSkipping(engine._compiled)
+    skipping = GuardSkipping(engine._compiled)
 
     def call(ids: torch.Tensor, **kwargs: object) -> object:
-        with skipping_guards(repeats):
+        with skipping_guards(skipping):
             return engine.model(input_ids=ids, **kwargs)
 
     return call

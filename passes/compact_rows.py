@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -20,7 +20,8 @@ from tide_compile.passes.graph.retrace import retrace
 from tide_compile.passes.graph.row_rules import ATTENTION, Axis, Call, call_on_rows, whole_operands
 from tide_compile.passes.graph.structure_key import structure_key
 from tide_compile.passes.mask_rows import with_running_rows
-from tide_compile.passes.plan import ACTIVE, HIDDEN, ROWS, Piece, Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import ACTIVE, HIDDEN, ROWS, Piece, Program, segment_name
 
 log = logging.getLogger("tide_compile")
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ _TO_MEMORY = {aten.cat.default, aten.slice.Tensor}  # of the keys and values of 
 
 
 def compact_rows(program: Program, plan: Plan) -> Program:
-    """Add ``segment_<i>.compact`` for every segment that can see exited rows and whose layers treat rows alike.
+    """Add ``compact`` to every segment that can see exited rows and whose layers treat rows alike.
 
     Before: ``h' = layer(h)`` on [B, S, H]. After: with ``rows`` the indices of n tokens, all active ones among them,
     queries, attention, MLP and residual stream are [.., n, H]; keys, values and whatever else is written to a cache
@@ -48,26 +49,29 @@ def compact_rows(program: Program, plan: Plan) -> Program:
     wish = plan.settings.compaction
     if plan.single_row or wish == "never" or (wish == "auto" and _streamed(plan.boundaries.entering_value)):
         return program
-    pieces, done = dict(program.pieces), {}
-    for segment in range(plan.num_segments):
-        if not plan.follows_checkpoint(segment):
+    segments, done = list(program.segments), {}
+    for index, segment in enumerate(program.segments):
+        if not plan.follows_checkpoint(index):
             continue
-        piece, _ = with_running_rows(program.pieces[f"segment_{segment}"], plan, segment)
-        piece, states = add_frozen_states(piece, plan, segment)
+        name = segment.plain.name
+        piece, _ = with_running_rows(segment.plain, plan, index)
+        piece, states = add_frozen_states(piece, plan, index)
         key = structure_key(piece.graph)
         if key not in done:
             try:
-                done[key] = _compact(piece, states, plan, segment)
+                done[key] = _compact(piece, states, plan, index)
             except Exception as error:  # the masked segment is as right, and a model must not fail for want of this one
-                log.warning("no compact form of segments like segment_%d, they are masked: %r", segment, error)
+                log.warning("no compact form of segments like %s, they are masked: %r", name, error)
                 done[key] = "the part that is not understood"
         if isinstance(done[key], str):
-            log.info("segment_%d is masked, never compacted: %s sees all rows", segment, done[key])
+            log.info("%s is masked, never compacted: %s sees all rows", name, done[key])
             continue
         graph, kept = done[key]
         names = (*piece.inputs, ROWS)
-        pieces[f"segment_{segment}.compact"] = Piece(graph, tuple(names[i] for i in kept), piece.outputs)
-    return Program(pieces, program.arguments, program.results, program.constants)
+        taken = tuple(names[i] for i in kept)
+        compact = Piece(segment_name(index, "compact"), graph, taken, piece.outputs, "after an exit")
+        segments[index] = replace(segment, compact=compact)
+    return replace(program, segments=tuple(segments))
 
 
 def _streamed(hidden: torch.Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Named errors of the compiler: each says what was found and what to do."""
 
-from torch._dynamo.exc import ShortenTraceback
+from tide_compile.torch_internals.fx import ShortenTraceback
 
 
 class TideError(ShortenTraceback):

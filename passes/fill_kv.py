@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
 
 from tide_compile.passes.frozen_states import add_frozen_states
 from tide_compile.passes.graph.fx_tools import output_nodes, remove_dead
 from tide_compile.passes.kv_sources import find_kv_sources, zero_all
-from tide_compile.passes.plan import HIDDEN, Piece, Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import HIDDEN, Piece, Program, fill_name
 
 
 def fill_kv(program: Program, plan: Plan) -> Program:
-    """Add ``fill_<layer>`` for every checkpoint: one piece for all segments behind it.
+    """Add ``fill`` to every segment that closes with a checkpoint: one piece for all segments behind it.
 
     Before: ``h -> layer -> h' -> layer -> h''`` with cache writes on the side. In a copy, every layer reads the state
     of a token that has left (``frozen_states``) instead, and the hidden state is no longer returned. What is still
@@ -31,17 +33,18 @@ def fill_kv(program: Program, plan: Plan) -> Program:
     no such piece.
     """
     segments = [s for s in range(plan.num_segments) if plan.follows_checkpoint(s)]
-    slices = {s: _fill(program.pieces[f"segment_{s}"], plan, s) for s in segments}
-    pieces = dict(program.pieces)
-    for layer in plan.checkpoints:
-        piece = _chain([slices[s] for s in segments if plan.segment_layers(s)[0] > layer])
-        if piece.inputs:
-            pieces[f"fill_{layer}"] = piece
+    slices = {s: _fill(program.segments[s].plain, plan, s) for s in segments}
+    filled = []
+    for index, segment in enumerate(program.segments):
+        if segment.checkpoint is not None:
+            piece = _chain(fill_name(segment.checkpoint), [slices[s] for s in segments if s > index])
+            segment = replace(segment, fill=piece if piece.inputs else None)
+        filled.append(segment)
     constants = program.constants | (plan.settings.shortcut_constants() if plan.checkpoints else {})
-    return Program(pieces, program.arguments, program.results, constants)
+    return replace(program, segments=tuple(filled), constants=constants)
 
 
-def _chain(pieces: list[Piece]) -> Piece:
+def _chain(name: str, pieces: list[Piece]) -> Piece:
     """One piece that does what ``pieces`` do one after the other, and hands on no hidden state."""
     graph, attributes, inputs, defined = Graph(), {}, {}, set()
     output = graph.output(())
@@ -64,7 +67,8 @@ def _chain(pieces: list[Piece]) -> Piece:
     gm = GraphModule(attributes, graph)
     names = {node.name: name for name, node in inputs.items()}
     remove_dead(gm)
-    return Piece(gm, tuple(names[n.name] for n in gm.graph.find_nodes(op="placeholder")), tuple(results))
+    taken = tuple(names[n.name] for n in gm.graph.find_nodes(op="placeholder"))
+    return Piece(name, gm, taken, tuple(results), "after an exit")
 
 
 def _placeholders(piece: Piece) -> Iterator[tuple[str, Node]]:
@@ -72,7 +76,7 @@ def _placeholders(piece: Piece) -> Iterator[tuple[str, Node]]:
 
 
 def _fill(piece: Piece, plan: Plan, segment: int) -> Piece:
-    piece = Piece(copy.deepcopy(piece.graph), piece.inputs, piece.outputs)
+    piece = replace(piece, graph=copy.deepcopy(piece.graph))
     piece, states = add_frozen_states(piece, plan, segment)
     graph = piece.graph.graph
     if plan.settings.kv_cache_strategy == "zero_pad":
@@ -86,4 +90,4 @@ def _fill(piece: Piece, plan: Plan, segment: int) -> Piece:
     output, nodes = graph.output_node(), output_nodes(graph)
     kept = [i for i, name in enumerate(piece.outputs) if name == HIDDEN or not name.startswith("tide_")]
     output.args = (tuple(nodes[i] for i in kept),)
-    return Piece(piece.graph, piece.inputs, tuple(piece.outputs[i] for i in kept))
+    return replace(piece, outputs=tuple(piece.outputs[i] for i in kept))

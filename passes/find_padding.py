@@ -6,9 +6,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tide_compile.passes.errors import PaddingError
-from tide_compile.passes.graph.fx_tools import ancestors, value_of
-from tide_compile.passes.kv_sources import ATTENTION
+from tide_compile.passes.graph.fx_tools import ancestors, hint, value_of
 from tide_compile.passes.plan import Padding, Plan
+from tide_compile.torch_internals.fx import ATTENTION
 
 
 def find_padding(gm: GraphModule, plan: Plan) -> dict[str, Padding | None]:
@@ -33,7 +33,7 @@ def find_padding(gm: GraphModule, plan: Plan) -> dict[str, Padding | None]:
             )
         return {"padding": None}
     chosen = next((n for n in masks if "full_attention" in n.name), masks[0])
-    mask, rows = (tuple(map(_number, v.shape)) for v in (value_of(chosen), plan.boundaries.entering_value))
+    mask, rows = (tuple(map(hint, v.shape)) for v in (value_of(chosen), plan.boundaries.entering_value))
     if does_not_fit(mask, rows):
         raise PaddingError(does_not_fit(mask, rows))
     return {"padding": Padding(chosen.name, value_of(chosen))}
@@ -60,10 +60,6 @@ def does_not_fit(mask: tuple[int, ...], rows: tuple[int, ...]) -> str | None:
         f"the attention mask is {list(mask)}, but the hidden states are {list(rows)}: the model adds tokens of its own "
         "or has another order of dimensions, and which tokens are padding is not known. Exits are not possible with it."
     )
-
-
-def _number(size: int | torch.SymInt) -> int:
-    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _is_tensor(node: Node) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Node
 
 from tide_compile.passes.graph.fx_tools import add_placeholder, call, value_of
-from tide_compile.passes.plan import HIDDEN, Piece, Plan
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import HIDDEN, Piece
 
 
 def add_frozen_states(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, list[Node]]:
@@ -33,4 +36,4 @@ def add_frozen_states(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, li
                 step = call(graph, torch.nn.functional.linear, narrow, weight, bias)
                 state = call(graph, torch.add, state, step)
         states.append(state)
-    return Piece(piece.graph, inputs, piece.outputs), states
+    return replace(piece, inputs=inputs), states

@@ -9,8 +9,7 @@ from torch.fx import Graph, Node
 
 from tide_compile.passes.errors import KVNotFoundError
 from tide_compile.passes.graph.fx_tools import call, shape_of, value_of
-
-ATTENTION = torch._C._nn.scaled_dot_product_attention
+from tide_compile.torch_internals.fx import ATTENTION
 
 
 def find_kv_sources(graph: Graph, hidden: Node, num_layers: int) -> list[Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
@@ -10,11 +11,12 @@ from torch.fx import Node
 from tide_compile.passes.frozen_states import add_frozen_states
 from tide_compile.passes.graph.fx_tools import add_placeholder, call, value_of
 from tide_compile.passes.kv_sources import find_kv_sources, zero_rows
-from tide_compile.passes.plan import ACTIVE, HIDDEN, VALID, Piece, Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import ACTIVE, HIDDEN, VALID, Piece, Program, segment_name
 
 
 def mask_rows(program: Program, plan: Plan) -> Program:
-    """Add ``segment_<i>.masked`` for every segment that can see exited rows.
+    """Add ``masked`` to every segment that can see exited rows.
 
     Before: ``h' = layer(h)``. After, behind every layer: ``h' = where(left, s', layer(h))`` with ``s'`` the state of
     rows that have left (``frozen_states``). So K and V of these rows come from it. With ``zero_pad`` they are set to
@@ -26,11 +28,11 @@ def mask_rows(program: Program, plan: Plan) -> Program:
     """
     if plan.single_row:
         return program
-    pieces = dict(program.pieces)
-    for segment in range(plan.num_segments):
-        if plan.follows_checkpoint(segment):
-            pieces[f"segment_{segment}.masked"] = _masked(program.pieces[f"segment_{segment}"], plan, segment)
-    return Program(pieces, program.arguments, program.results, program.constants)
+    segments = (
+        replace(segment, masked=_masked(segment.plain, plan, index)) if plan.follows_checkpoint(index) else segment
+        for index, segment in enumerate(program.segments)
+    )
+    return replace(program, segments=tuple(segments))
 
 
 def with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, Node]:
@@ -55,7 +57,7 @@ def with_running_rows(piece: Piece, plan: Plan, segment: int) -> tuple[Piece, No
         for source in find_kv_sources(graph, frozen, len(plan.segment_layers(segment))):
             zero_rows(graph, source, running)
     gm.recompile()
-    return Piece(gm, inputs, piece.outputs), running
+    return replace(piece, graph=gm, inputs=inputs), running
 
 
 def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
@@ -71,4 +73,4 @@ def _masked(piece: Piece, plan: Plan, segment: int) -> Piece:
         merged.meta["example_value"] = value_of(node)
         node.replace_all_uses_with(merged, delete_user_cb=lambda user, merged=merged: user is not merged)
     piece.graph.recompile()
-    return piece
+    return replace(piece, name=segment_name(segment, "masked"), needed="after an exit")

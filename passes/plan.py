@@ -1,4 +1,4 @@
-"""What flows through the passes: the settings that come in, the frozen plan, and the program that is rewritten.
+"""plan: the settings that come in, and the frozen plan that the analyses find.
 
 Shapes: B batch, S sequence, H hidden, N layers.
 """
@@ -9,17 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch.fx import GraphModule
-
-# Environment names of the values that the executor keeps between pieces.
-HIDDEN = "tide_hidden"  # [B, S, H] residual stream after the latest segment
-ACTIVE = "tide_active"  # [B, S] bool, rows that have neither left nor are padding
-VALID = "tide_valid"  # [B, S] bool, rows that are no padding: ACTIVE as it was at first
-SCORE = "tide_score"  # [B, S] fp32, what the latest checkpoint's router said
-LEAVE = "tide_leave"  # [B, S] bool, rows that leave at the latest checkpoint
-ROWS = "tide_rows"  # [n] or [B, n] int64, the tokens that a compact segment runs
-COUNTS = "tide_counts"  # [3] int64, rows leaving now, rows still active after that, the most of them in a sequence
-OUT = "tide_out"  # [B, S, H] projected states of the rows that have left
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +40,22 @@ class Settings:
 
     def constants(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of the checkpoint after ``layer`` by environment name."""
+        return self.router_constants(layer) | self.projection_constants(layer)
+
+    def router_constants(self, layer: int) -> dict[str, torch.Tensor]:
+        """Those of its router and of the norm in front of it."""
         named = {f"router.{layer}.{n}": t for n, t in self.routers[layer].items()}
         named |= {"router.norm_weight": self.norm_weight, "router.norm_bias": self.norm_bias}
-        if self.projections is not None:
-            named |= {f"projection.{layer}.{n}": t for n, t in self.projections[layer].items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def projection_constants(self, layer: int) -> dict[str, torch.Tensor]:
+        """Those of its exit projection, in the order in which ``tide::project`` takes them; empty for identity."""
+        tensors = {} if self.projections is None else self.projections[layer]
+        return {f"projection.{layer}.{n}": tensors[n] for n in ("weight", "bias", "down") if n in tensors}
+
+    def threshold_name(self, layer: int) -> str:
+        """The environment name of the threshold of a router."""
+        return f"router.{layer}.threshold"
 
     def shortcut(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors ``down``, ``weight``, ``bias`` of a layer's shortcut by environment name; empty where none is."""
@@ -65,6 +65,9 @@ class Settings:
     def shortcut_constants(self) -> dict[str, torch.Tensor]:
         """The tensors of all shortcuts by environment name."""
         return {name: tensor for layer in self.shortcuts for name, tensor in self.shortcut(layer).items()}
+
+
+PADDING = -1  # in the place of the layer that a token left after
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,30 +135,3 @@ class Plan:
     def follows_checkpoint(self, segment: int) -> bool:
         """Whether rows can have left before this segment starts."""
         return any(c < self.segment_layers(segment)[0] for c in self.checkpoints)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A graph that runs as one compiled call. ``inputs`` and ``outputs`` are environment names, in the order of
-    the placeholders and of the output tuple."""
-
-    graph: GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """The model cut into pieces. Keys: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``,
-    ``segment_<i>.compact``, ``project_<layer>``, ``fill_<layer>``, ``epilogue``. ``arguments`` and ``results`` are the
-    environment names of what the Dynamo graph took and returned (a result may also be a constant). ``constants`` are
-    the tensors the rewrites bound (routers, projections)."""
-
-    pieces: dict[str, Piece]
-    arguments: tuple[str, ...]
-    results: tuple[object, ...]
-    constants: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def node_count(self) -> int:
-        """Nodes of all pieces."""
-        return sum(len(p.graph.graph.nodes) for p in self.pieces.values())

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule
 
-from tide_compile.passes.plan import Plan, Program, Settings
+from tide_compile.passes.plan import Plan, Settings
+from tide_compile.passes.program import Program
 from tide_compile.passes.verify import verify
 
 

@@ -11,14 +11,15 @@ from torch.fx.passes.split_module import split_module
 from tide_compile.passes.errors import GraphError
 from tide_compile.passes.find_layers import layer_of_nodes
 from tide_compile.passes.graph.fx_tools import add_placeholder, call, output_nodes, shape_of, value_of
-from tide_compile.passes.plan import ACTIVE, HIDDEN, Piece, Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import ACTIVE, HIDDEN, Piece, Program, Segment, segment_name
 
 
 def split_segments(gm: GraphModule, plan: Plan) -> Program:
     """Cut the Dynamo graph at the plan's cuts.
 
-    Before: one graph ``(ids, weights, caches) -> (logits, caches)``. After: ``prologue``, ``segment_0`` ...
-    ``segment_k``, ``epilogue``, run one after the other on a shared environment of named values.
+    Before: one graph ``(ids, weights, caches) -> (logits, caches)``. After: prologue, plain segments and epilogue, run
+    one after the other on a shared environment of named values.
 
     Safe because a layer is a stretch of the graph in program order: writes to caches keep their order, and what a
     piece reads was either computed by an earlier piece or is an argument. Only nodes that the analysis proved free
@@ -29,7 +30,6 @@ def split_segments(gm: GraphModule, plan: Plan) -> Program:
     for segment in range(plan.num_segments):
         part_of_layer.update(dict.fromkeys(plan.segment_layers(segment), segment + 1))
     parts = {n: 0 if n.name in plan.boundaries.hoisted else part_of_layer[owner[n]] for n in gm.graph.nodes}
-    names = ["prologue", *(f"segment_{i}" for i in range(plan.num_segments)), "epilogue"]
 
     arguments = tuple(n.name for n in gm.graph.find_nodes(op="placeholder"))
     results = tuple(_result(n) for n in output_nodes(gm.graph))
@@ -47,12 +47,14 @@ def split_segments(gm: GraphModule, plan: Plan) -> Program:
         plan.boundaries.entering,
         *(plan.boundaries.leaving[layer] for layer in (*plan.cuts, len(plan.layers) - 1)),
     }
-    pieces = {name: _piece(getattr(split, f"submod_tide_{part}"), residual, results) for part, name in enumerate(names)}
-    pieces["prologue"] = _mark_active(pieces["prologue"], plan)
-    return Program(pieces, arguments, results)
+    names = ["prologue", *map(segment_name, range(plan.num_segments)), "epilogue"]
+    parts = [getattr(split, f"submod_tide_{part}") for part in range(len(names))]
+    prologue, *plain, epilogue = (_piece(n, gm, residual, results) for n, gm in zip(names, parts, strict=True))
+    segments = tuple(Segment(piece, checkpoint=plan.checkpoint_of(i)) for i, piece in enumerate(plain))
+    return Program(_mark_active(prologue, plan), segments, epilogue, arguments, results)
 
 
-def _piece(gm: GraphModule, residual: set[str], results: tuple[object, ...]) -> Piece:
+def _piece(name: str, gm: GraphModule, residual: set[str], results: tuple[object, ...]) -> Piece:
     """Name what goes in and out. All residual-stream values share one name; one that the model also returns (as with
     ``output_hidden_states``) is returned a second time under its own."""
     output = gm.graph.output_node()
@@ -61,7 +63,8 @@ def _piece(gm: GraphModule, residual: set[str], results: tuple[object, ...]) -> 
     output.args = ((*output.args[0], *twice),)
     gm.recompile()
     inputs = (n.name for n in gm.graph.find_nodes(op="placeholder"))
-    return Piece(gm, tuple(HIDDEN if n in residual else n for n in inputs), (*names, *(n.name for n in twice)))
+    named = tuple(HIDDEN if n in residual else n for n in inputs)
+    return Piece(name, gm, named, (*names, *(n.name for n in twice)))
 
 
 def _result(value: object) -> object:
@@ -90,7 +93,7 @@ def _mark_active(prologue: Piece, plan: Plan) -> Piece:
             active = call(graph, "expand_as", _visible(graph, mask, rows), rows)
     output.args = ((*output.args[0], active),)
     prologue.graph.recompile()
-    return Piece(prologue.graph, inputs, (*outputs, ACTIVE))
+    return Piece(prologue.name, prologue.graph, inputs, (*outputs, ACTIVE))
 
 
 def _visible(graph: Graph, mask: Node, rows: Node) -> Node:

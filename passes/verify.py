@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 from tide_compile.passes.errors import VerificationError
 from tide_compile.passes.graph.fx_tools import output_nodes, value_of
-from tide_compile.passes.plan import OUT, ROWS, VALID, Program
+from tide_compile.passes.program import OUT, ROWS, VALID, Program
 
 
 def verify(program: GraphModule | Program, after: str) -> None:
@@ -19,9 +19,9 @@ def verify(program: GraphModule | Program, after: str) -> None:
         program.graph.lint()
         return
     defined = {*program.arguments, *program.constants, OUT, ROWS, VALID}
-    straight = [n for n in program.pieces if "." not in n and not n.startswith(("project_", "fill_"))]
-    for name in (*straight, *(n for n in program.pieces if n not in straight)):
-        piece = program.pieces[name]
+    straight = list(program.straight())
+    for piece in (*straight, *(piece for piece in program.pieces() if piece not in straight)):
+        name = piece.name
         piece.graph.graph.lint()
         placeholders = piece.graph.graph.find_nodes(op="placeholder")
         outputs = output_nodes(piece.graph.graph)

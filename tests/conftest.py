@@ -29,7 +29,7 @@ def seconds_as_calculated(products, linears, of=min):
 def fresh(tmp_path, monkeypatch):
     """No compiled code and no routers from other tests; and no time for measurements and training that each repeats."""
     monkeypatch.setenv("TIDE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tide_compile.lowering.measure_forms._seconds", seconds_as_calculated)
+    monkeypatch.setattr("tide_compile.lowering.measure_forms.seconds_of", seconds_as_calculated)
     monkeypatch.setattr("tide_compile.calibration.train_routers._PROBE_STEPS", 100)
     torch._dynamo.reset()
     yield

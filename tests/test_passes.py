@@ -24,8 +24,8 @@ from tide_compile.errors import (
 from tide_compile.passes.graph.fx_tools import live_nodes, mutated_arguments
 from tide_compile.passes.graph.structure_key import structure_key
 from tide_compile.passes.place_checkpoints import checkpoint_layers, segment_cuts
-from tide_compile.passes.plan import ACTIVE, LEAVE, Piece, Program
-from tide_compile.passes.plan import HIDDEN as STATE
+from tide_compile.passes.program import ACTIVE, LEAVE, Piece, Program
+from tide_compile.passes.program import HIDDEN as STATE
 from tide_compile.passes.run import run
 from tide_compile.passes.verify import verify
 from tide_compile.routers.settings import settings_of_bank, settings_without_exits

@@ -13,6 +13,7 @@ if (_root / "pyproject.toml").is_file():  # a checkout, editable or bare: passes
 from tide_compile.calibration.calibrate import calibrate  # noqa: E402  (needs __path__)
 from tide_compile.calibration.synthetic import synthetic_routers  # noqa: E402
 from tide_compile.config import TIDEConfig  # noqa: E402
+from tide_compile.generation.compiled_generate import install  # noqa: E402
 from tide_compile.generation.engine import TIDE  # noqa: E402
 from tide_compile.generation.token_trace import TokenTrace  # noqa: E402
 from tide_compile.inspection.explain import explain  # noqa: E402
@@ -24,6 +25,8 @@ from tide_compile.routers.lookup import attach  # noqa: E402
 from tide_compile.runtime.exit_stats import ExitStats, record_exits  # noqa: E402
 from tide_compile.runtime.overrides import exit_threshold  # noqa: E402
 from tide_compile.runtime.piece_times import record_times  # noqa: E402
+
+install()  # torch.compile imports this package when it looks the backend up
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,20 +11,19 @@ from torch.fx import GraphModule
 
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError, TideError
-from tide_compile.generation import compiled_generate as generate_guard
 from tide_compile.inspection.observer import CompileObserver
-from tide_compile.lowering import prewarm as headstart
+from tide_compile.lowering import prewarm
 from tide_compile.lowering.compile_piece import compile_whole
 from tide_compile.lowering.lower import lower
 from tide_compile.passes.run import run
 from tide_compile.routers.lookup import version_of
 from tide_compile.routers.settings import settings_of
+from tide_compile.runtime.bindings import RouterBindings
 from tide_compile.runtime.compaction_policy import CompactionPolicy
 from tide_compile.runtime.executor import Executor
 
 log = logging.getLogger("tide_compile")
-generate_guard.install()
-headstart.begin()  # this module is imported when torch.compile looks its backend up, before anything is traced
+prewarm.begin()  # this module is imported when torch.compile looks its backend up, before anything is traced
 
 
 def tide_backend(
@@ -56,21 +55,21 @@ def tide_backend(
             "torch.no_grad() or torch.inference_mode()."
         )
     settings_for = functools.partial(settings_of, config, router)
-    watch = CompileObserver(dump)
+    observer = CompileObserver(dump)
     try:
-        program, plan = run(gm, functools.partial(settings_for, example_inputs), watch)
+        program, plan = run(gm, functools.partial(settings_for, example_inputs), observer)
     except NothingToSkipError as error:
-        watch.failed(error)
+        observer.failed(error)
         log.warning("a graph of %d nodes without decoder layers is compiled as it is", len(gm.graph.nodes))
         return gm if config.lowering == "eager" else compile_whole(gm, example_inputs, mode)
     except TideError as error:
-        watch.failed(error)
+        observer.failed(error)
         if not isinstance(error, GraphError) or config.fallback is None:
             raise
         log.warning("TIDE is off for this graph, plain Inductor is used: %s", error)
         return compile_whole(gm, example_inputs, mode)
-    watch.planned(program, plan)
-    runnables = lower(program, config.lowering, mode, watch.compiled if watch.dumps else None, config.pack_weights)
+    observer.planned(program, plan)
+    runnables = lower(program, config, mode, observer.compiled if observer.dumps else None)
     version = functools.partial(version_of, router)
-    policy = CompactionPolicy(program, plan, config)
-    return Executor(program, plan, runnables, policy, example_inputs, settings_for, version)
+    bindings = RouterBindings(program.constants, plan, example_inputs, settings_for, version)
+    return Executor(program, plan, runnables, CompactionPolicy(program, plan, config), bindings)

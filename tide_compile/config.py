@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 from tide_compile.errors import ConfigError, UnknownOptionError
+from tide_compile.torch_internals.switches import ALL, TRICKS, disabled_by_environment, enabled, unknown
 
 _CHOICES = {
     "exit_strategy": ("auto", "identity", "affine", "low_rank"),
@@ -61,6 +62,8 @@ class TIDEConfig:
         pack_weights: on a CPU, products may read copies of their weights in the order that is fastest to multiply,
             where that is faster. Copies take as much memory again as those weights (``tide_compile.packed_bytes()``);
             values that are written in place through ``.data`` later need ``tide_compile.drop_packed()``.
+        disable: names of tricks that are not used, or ``"all"``: what leans on torch's insides and changes no result
+            (``torch_internals.switches.TRICKS``). ``TIDE_DISABLE`` does the same for the whole process.
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
             and that is logged.
 
@@ -87,6 +90,7 @@ class TIDEConfig:
     distillation_steps: int = 200
     lowering: str = "inductor"
     pack_weights: bool = False
+    disable: tuple[str, ...] = ()
     fallback: str | None = None
 
     def __post_init__(self) -> None:
@@ -108,6 +112,7 @@ class TIDEConfig:
             )
         if not isinstance(self.pack_weights, bool):
             raise ConfigError(f"pack_weights={self.pack_weights!r} is not allowed: give True or False.")
+        object.__setattr__(self, "disable", _names(self.disable))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: choose one of {list(choices)}.")
@@ -131,6 +136,11 @@ class TIDEConfig:
         return replace(base or cls(), **options)
 
     @property
+    def tricks(self) -> frozenset[str]:
+        """The tricks that are switched on."""
+        return enabled(self.disable)
+
+    @property
     def calibrates_shortcuts(self) -> bool:
         """Whether ``calibrate`` makes shortcuts."""
         auto = self.kv_cache_strategy == "auto" and self.exit_strategy != "identity"
@@ -139,3 +149,15 @@ class TIDEConfig:
     def to_dict(self) -> dict[str, object]:
         """The settings as plain values."""
         return asdict(self)
+
+
+def _names(disable: object) -> tuple[str, ...]:
+    """The names of tricks in ``disable``, and a check of those in the environment."""
+    given = (disable,) if isinstance(disable, str) else disable
+    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise ConfigError(f"disable={disable!r} is not allowed: give names, such as ['graph_replay'].")
+    for where, names in (("disable", given), ("TIDE_DISABLE", disabled_by_environment())):
+        if wrong := unknown(names):
+            known = ", ".join((ALL, *TRICKS))
+            raise ConfigError(f"{where} names {wrong[0]!r}, which cannot be switched off: choose from {known}.")
+    return tuple(given)

@@ -25,9 +25,9 @@ from tide_compile.kernels.probe import PARTS, probe_reference
 from tide_compile.kernels.project import project_reference
 from tide_compile.kernels.route import route_reference
 from tide_compile.model.decoder import Decoder, call_arguments, find_decoder, valid_tokens
+from tide_compile.passes.plan import PADDING
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.settings import settings_of_bank
-from tide_compile.runtime.exit_stats import PADDING
 
 
 class Reference:

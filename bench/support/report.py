@@ -15,7 +15,7 @@ import torch
 import transformers
 from tabulate import tabulate
 
-from tide_compile.lowering.machine import cpu_name
+from tide_compile.lowering.machine_name import cpu_name
 
 
 @dataclass(slots=True)

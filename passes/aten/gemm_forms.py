@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from tide_compile.kernels.cpu.linear import can_multiply, linear, packed_linear, template_linear
 from tide_compile.kernels.few_rows import FEW_ROWS
 from tide_compile.passes.graph.fx_tools import value_of
+from tide_compile.torch_internals.fx import LINEAR
 
 log = logging.getLogger("tide_compile")
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def rows_like(rows: int | torch.SymInt) -> int:
 def find_linears(graph: Graph) -> set[Linears]:
     """The products on a CPU in a Dynamo graph, or one that was traced anew (``retrace``)."""
     by_input: dict[tuple[Node, torch.dtype], list[Tensor]] = defaultdict(list)
-    for target in (torch._C._nn.linear, aten.linear.default):
+    for target in (LINEAR, aten.linear.default):
         for node in graph.find_nodes(op="call_function", target=target):
             weight = value_of(node.args[1])
             if weight.device.type == "cpu" and all(isinstance(size, int) for size in weight.shape):
@@ -134,8 +135,8 @@ ALONE: dict[Form, Callable[..., Tensor]] = {
 }
 
 
-def possible_forms(linears: Linears, pack_weights: bool = False) -> list[Form]:
-    """The forms that a product can take here, and that may be the fastest."""
+def possible_forms(linears: Linears, pack_weights: bool = False, template: bool = True) -> list[Form]:
+    """The forms that a product can take here, and that may be the fastest. ``template``: also Inductor's."""
     if linears.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return ["aten"]  # all others compute in fp32
     many, whole = linears.rows > FEW_ROWS, linears.stored == linears.dtype
@@ -147,7 +148,12 @@ def possible_forms(linears: Linears, pack_weights: bool = False) -> list[Form]:
         "onednn": many and able and linears.dtype == torch.float32,  # which ATen takes in less
         "onednn swapped": many and can_multiply(torch.float32),
         "packed": pack_weights and many and able,
-        "template": pack_weights and many and whole and has_template(linears.dtype) and linears.ins % 4 == 0,
+        "template": pack_weights
+        and template
+        and many
+        and whole
+        and has_template(linears.dtype)
+        and linears.ins % 4 == 0,
     }
     return [form for form, possible in found.items() if possible]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from torch._inductor.custom_graph_pass import get_hash_for_files
-
 import tide_compile.kernels
+from tide_compile.torch_internals.fx import get_hash_for_files
 
 _FOLDERS = (Path(__file__).parent, *map(Path, tide_compile.kernels.__path__))
 

@@ -11,13 +11,12 @@ import operator
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from tide_compile.kernels.cpu import attention
 from tide_compile.passes.aten.hash_of_sources import hash_of_sources
-from tide_compile.passes.aten.in_memory import in_memory
 from tide_compile.passes.graph.fx_tools import replace_traced
+from tide_compile.torch_internals.fx import CustomGraphPass, realize
 
 _TOGETHER = 8  # heads with a sum in one loop, at most: each has an accumulator
 _MOST_PARTS, _SHORTEST = 16, 32  # parts that keys are split into, and keys of a part: enough for a loop to be worth it
@@ -76,7 +75,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
         key, value = (x.unsqueeze(2).expand(sizes).flatten(1, 2) for x in (key, value))
     parts = _parts(key.shape[2])
     key, value = (x.float().unflatten(2, (parts, -1)).transpose(1, 2) for x in (key, value))  # [B, parts, groups, l, D]
-    rows = in_memory(query.float() * scale).unflatten(1, (-1, together)).unsqueeze(1)
+    rows = realize(query.float() * scale).unflatten(1, (-1, together)).unsqueeze(1)
     scores = torch.stack([(row * key).sum(-1) for row in rows.unbind(3)])  # [together, B, parts, groups, l]
     if mask is not None:
         mask = mask.float().expand(query.shape[0], query.shape[1], 1, -1).unflatten(3, (parts, -1))

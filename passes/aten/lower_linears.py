@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
 from tide_compile.kernels.cpu.linear import can_multiply
 from tide_compile.passes.aten.gemm_forms import ALONE, TOGETHER, Form, Linears, part_size, rows_like, stream
 from tide_compile.passes.aten.hash_of_sources import hash_of_sources
-from tide_compile.passes.aten.in_memory import in_memory
 from tide_compile.passes.graph.fx_tools import insert_traced, replace_traced
+from tide_compile.torch_internals.fx import CustomGraphPass, realize
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -98,7 +97,7 @@ def _columns(result: Tensor, bias: Tensor | None = None, *, start: int, end: int
 
 def _realized(graph: Graph, x: Node, shape: tuple[int, int]) -> Node:
     """``x`` in fp32 and in memory. Inductor would compute it anew for each row of a weight, a norm's root and all."""
-    return _insert_behind(graph, x, [], lambda value: in_memory(value.float()).view(shape))
+    return _insert_behind(graph, x, [], lambda value: realize(value.float()).view(shape))
 
 
 def _insert_behind(graph: Graph, x: Node, others: list[Node], function: Callable[..., Tensor]) -> Node:

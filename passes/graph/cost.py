@@ -10,19 +10,25 @@ import numpy as np
 import torch
 from torch.fx import GraphModule, Node
 
-from tide_compile.passes.graph.fx_tools import value_of
+from tide_compile.passes.graph.fx_tools import hint, value_of
+from tide_compile.torch_internals.fx import ATTENTION, LINEAR
 
 aten = torch.ops.aten
-_LINEAR, _ATTENTION = torch._C._nn.linear, torch._C._nn.scaled_dot_product_attention  # in Dynamo's graphs
-_PRODUCTS = {_LINEAR, aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
+_PRODUCTS = {LINEAR, aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """``flops``: operations per second of a large matrix product. ``bandwidth``: bytes per second read or written.
-    ``overhead``: seconds that a kernel costs whatever its size. ``keys``: bytes of keys and values per second in
-    attention of one query, None: ``bandwidth``. ``attention``: operations per second of that of many queries, if
-    known. ``few``: (rows, operations per second) of products of fewer rows than the large one, ascending, if known."""
+    """What a device can do.
+
+    Attributes:
+        flops: operations per second of a large matrix product.
+        bandwidth: bytes per second read or written. overhead: seconds that a kernel costs whatever its size.
+        keys: bytes of keys and values per second in attention of one query; None: ``bandwidth``.
+        few: (rows, operations per second) of products of so many rows, ascending, if known.
+        attention: operations per second of attention of many queries, if known.
+        streaming: bytes of weights per second in products of few rows; None: ``bandwidth``.
+    """
 
     flops: float
     bandwidth: float
@@ -30,6 +36,7 @@ class Device:
     keys: float | None = None
     few: tuple[tuple[int, float], ...] = ()
     attention: float | None = None
+    streaming: float | None = None
 
     def for_rows(self, rows: int) -> Device:
         """The device as products of so many rows find it: between those of ``few``, in proportion."""
@@ -44,14 +51,9 @@ def flops_of(node: Node) -> float:
     if node.target in _PRODUCTS:
         left = node.args[1] if node.target is aten.addmm.default else node.args[0]
         return 2.0 * _count(value_of(node)) * hint(value_of(left).shape[-1])
-    if node.target in (_ATTENTION, aten.scaled_dot_product_attention.default):
+    if node.target in (ATTENTION, aten.scaled_dot_product_attention.default):
         return 4.0 * _count(value_of(node.args[0])) * hint(value_of(node.args[1]).shape[-2])
     return 0.0
-
-
-def hint(size: int | torch.SymInt) -> int:
-    """The number that a symbolic size stood for when the graph was traced."""
-    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _count(value: torch.Tensor) -> int:
@@ -90,7 +92,7 @@ class PieceCost:
 
     def seconds(self, device: Device) -> float:
         """The roofline of a device for products, then attention, and the overhead of the kernels."""
-        products = max(self.operations / device.flops, self.weights / device.bandwidth)
+        products = max(self.operations / device.flops, self.weights / (device.streaming or device.bandwidth))
         return products + self.keys / (device.keys or device.bandwidth) + self.kernels * device.overhead
 
 
@@ -98,9 +100,9 @@ def cost_of(gm: GraphModule) -> PieceCost:
     """Add up a piece of Dynamo's graph: products with its 2-D inputs, attention, writes to caches."""
     total = PieceCost()
     for node in gm.graph.nodes:
-        if node.target is _LINEAR:
+        if node.target is LINEAR:
             total += PieceCost(flops_of(node), bytes_of(value_of(node.args[1])), 0.0, 1)
-        elif node.target is _ATTENTION:
+        elif node.target is ATTENTION:
             keys = sum(bytes_of(value_of(_source(n))) for n in node.args[1:3])
             total += PieceCost(flops_of(node), 0.0, keys, 1)
         elif node.op == "call_method" and node.target == "index_copy_":

@@ -10,6 +10,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from tide_compile.torch_internals.fx import OpOverload, is_functorch, trace_inside_inductor, unwrapped
+
 _IN_PLACE_OPERATORS = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem,
@@ -19,6 +21,11 @@ _IN_PLACE_OPERATORS = {
 def value_of(node: Node) -> object:
     """The fake value that Dynamo recorded for a node, or None."""
     return node.meta.get("example_value")
+
+
+def hint(size: object) -> object:
+    """The number that a symbolic size stood for when the graph was traced; anything else as it is."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def shape_of(node: Node) -> tuple[str, ...]:
@@ -32,9 +39,7 @@ def storage_of(node: Node) -> int | None:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # inside vmap
-        value = torch._C._functorch.get_unwrapped(value)
-    return value.untyped_storage()._cdata
+    return unwrapped(value).untyped_storage()._cdata
 
 
 def mutated_arguments(node: Node) -> tuple[Node, ...]:
@@ -45,7 +50,7 @@ def mutated_arguments(node: Node) -> tuple[Node, ...]:
     elif node.op == "call_function":
         if node.target in _IN_PLACE_OPERATORS:
             written.append(node.args[0])
-        elif isinstance(node.target, torch._ops.OpOverload):
+        elif isinstance(node.target, OpOverload):
             names = [a.name for a in node.target._schema.arguments]
             mutable = [i for i, a in enumerate(node.target._schema.arguments) if a.alias_info and a.alias_info.is_write]
             written.extend(node.args[i] if i < len(node.args) else node.kwargs.get(names[i]) for i in mutable)
@@ -83,17 +88,13 @@ def live_nodes(graph: Graph) -> set[Node]:
                 live.add(node)
                 stack.extend(node.all_input_nodes)
 
-    mark([graph.output_node(), *(n for n in graph.nodes if not n.users and _is_functorch(n))])
+    mark([graph.output_node(), *(n for n in graph.nodes if not n.users and is_functorch(n))])
     while True:
         memory = kept_memory | {storage_of(n) for n in live if n.op != "placeholder"}
         found = [n for n in writes if n not in live and written[n] & memory]
         if not found:
             return live
         mark(found)
-
-
-def _is_functorch(node: Node) -> bool:
-    return getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def remove_dead(gm: GraphModule) -> None:
@@ -158,11 +159,7 @@ def replace_traced(graph: Graph, node: Node, inputs: list[Node], function: Calla
 
 def insert_traced(graph: Graph, after: Node, inputs: list[Node], function: Callable[..., object]) -> Node:
     """In an ATen graph inside Inductor: the result of ``function`` of ``inputs``, computed behind a node."""
-    from torch._inductor.pattern_matcher import fwd_only
-    from torch._inductor.virtualized import V
-
-    with V.fake_mode:
-        traced = fwd_only(function, [n.meta["val"] for n in inputs])
+    traced = trace_inside_inductor(function, [n.meta["val"] for n in inputs])
     given = zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
     with graph.inserting_before(after.next):
         return graph.graph_copy(traced.graph, dict(given))

@@ -8,11 +8,11 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch._guards import TracingContext, tracing
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tide_compile.passes.graph.fx_tools import output_nodes, value_of
+from tide_compile.torch_internals.fx import tracing_with
 
 
 def retrace(gm: GraphModule, watched: Sequence[str]) -> tuple[GraphModule, list[Node]]:
@@ -32,7 +32,7 @@ def retrace(gm: GraphModule, watched: Sequence[str]) -> tuple[GraphModule, list[
     gm.recompile()
     inputs = [value_of(n) for n in gm.graph.find_nodes(op="placeholder")]
     mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
-    with torch.no_grad(), tracing(TracingContext(mode)), mode:
+    with torch.no_grad(), tracing_with(mode), mode:
         traced = make_fx(gm, pre_dispatch=True)(*inputs)
     for node in list(traced.graph.nodes):
         node.meta["example_value"] = node.meta.get("val")

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from tide_compile.passes.graph.fx_tools import value_of
+from tide_compile.torch_internals.fx import OpOverload
 
 
 def structure_key(gm: GraphModule) -> str:
@@ -61,6 +62,6 @@ class _Reference(int):
 
 
 def _target_name(target: object) -> str:
-    if isinstance(target, str | torch._ops.OpOverload):
+    if isinstance(target, str | OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', repr(target))}"

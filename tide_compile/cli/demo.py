@@ -23,7 +23,7 @@ from tide_compile.config import TIDEConfig
 from tide_compile.generation.compiled_generate import routed_through
 from tide_compile.generation.engine import TIDE
 from tide_compile.generation.token_clock import TokenClock
-from tide_compile.lowering.machine import cpu_name
+from tide_compile.lowering.machine_name import cpu_name
 from tide_compile.model.loading import load_model, load_tokenizer
 
 PROMPT = "Explain in a few sentences how a bicycle stays upright."

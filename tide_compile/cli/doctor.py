@@ -18,7 +18,7 @@ from tide_compile.errors import TideError
 from tide_compile.files import cache_folder, router_cache
 from tide_compile.inspection.explain import explain
 from tide_compile.lowering.hooks import code_cache
-from tide_compile.lowering.machine import cpu_name
+from tide_compile.lowering.machine_name import cpu_name
 from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.routers.bank import RouterBank
 
@@ -99,8 +99,8 @@ def _verdict(name: str, dtype: str) -> dict[str, object]:
         lines.append("options={'fallback': 'inductor'} compiles it without exits")
     else:
         lines.append(f"it is cut into {len(graph.pieces)} pieces at {graph.num_layers} layers")
-        masked = [p for p in graph.pieces if p.name.endswith(".masked")]
-        compact = [p for p in graph.pieces if p.name.endswith(".compact")]
+        masked = [s.masked for s in graph.segments if s.masked is not None]
+        compact = [s.compact for s in graph.segments if s.compact is not None]
         if masked:
             lines.append(
                 "in prompts and batches, rows that have left are left out of later layers where that pays"

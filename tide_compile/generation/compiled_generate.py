@@ -1,4 +1,4 @@
-"""generate_guard: ``torch.compile(model, backend="tide").generate()`` runs the compiled model.
+"""compiled_generate: ``torch.compile(model, backend="tide").generate()`` runs the compiled model.
 
 ``OptimizedModule`` hands every unknown attribute to the module it wraps, so its ``generate`` is the original model's
 and calls the original forward: no backend is ever reached, and nothing says so. Only ``model.compile(...)`` is free of
@@ -9,34 +9,28 @@ this. Importing this package's backend (which ``torch.compile(backend="tide")`` 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from transformers import GenerationMixin
 
 from tide_compile.errors import ConfigError
 from tide_compile.generation.finished_rows import FinishedRows
+from tide_compile.torch_internals.dynamo import OptimizedModule, backend_name, original_of, replace_attribute
+from tide_compile.torch_internals.switches import enabled
 
 _TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
 
 
 def install() -> None:
-    """Teach ``OptimizedModule`` about ``generate``; once."""
-    if getattr(OptimizedModule.__getattr__, "_tide", False):
-        return
-    inherited = OptimizedModule.__getattr__
+    """Teach modules that are compiled for tide, and no others, about ``generate``; once per process."""
+    if "compiled_generate" in enabled():
+        replace_attribute("generate", _generate_of)
 
-    @functools.wraps(inherited)
-    def getattr_(self: OptimizedModule, name: str) -> object:
-        if name == "generate" and _backend_name(self) in ("tide", "tide_backend"):
-            return routed_through(self).generate
-        return inherited(self, name)
 
-    getattr_._tide = True
-    OptimizedModule.__getattr__ = getattr_
+def _generate_of(compiled: OptimizedModule) -> Callable[..., object] | None:
+    return routed_through(compiled).generate if backend_name(compiled) in ("tide", "tide_backend") else None
 
 
 def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None = None) -> nn.Module:
@@ -49,7 +43,7 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
         ConfigError: the model is a wrapper whose ``generate`` calls the model inside, past what is compiled.
     """
     if _TWIN not in compiled.__dict__:
-        model = compiled._orig_mod
+        model = original_of(compiled)
         if not isinstance(model, GenerationMixin):
             raise ConfigError(
                 f"{type(model).__name__}.generate calls the model inside it, which is not the compiled one. Use "
@@ -81,10 +75,3 @@ def generating_model(model: nn.Module) -> nn.Module:
             "its own), and generation with exits would leave that out. Merge it into the model first."
         )
     return inner
-
-
-def _backend_name(compiled: OptimizedModule) -> str | None:
-    callback = getattr(compiled.dynamo_ctx, "callback", None)
-    while hasattr(callback, "_torchdynamo_orig_backend"):
-        callback = callback._torchdynamo_orig_backend
-    return getattr(callback, "compiler_name", None)

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
 
 from tide_compile.config import TIDEConfig
 from tide_compile.generation.compiled_generate import generating_model, routed_through
-from tide_compile.generation.guard_skipping import GuardSkipping, repeat, skipping_guards
-from tide_compile.generation.static_cache import SMALLEST_CACHE, has_rows, mark_sizes
+from tide_compile.generation.guard_skipping import GuardSkipping, call, skipping_guards
+from tide_compile.generation.static_cache import KeptCache, mark_sizes
 from tide_compile.generation.token_trace import TokenTrace
-from tide_compile.passes.aten.gemm_forms import FEW_ROWS
+from tide_compile.lowering import prewarm
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import resolve_bank
 from tide_compile.runtime.exit_stats import EngineStats, ExitStats, Totals, record_exits
 from tide_compile.runtime.overrides import rehearsal
+from tide_compile.torch_internals.dynamo import original_of
 
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
 _GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
@@ -74,14 +74,16 @@ class TIDE:
             isolate_recompiles=True,
             recompile_limit=_GRAPHS,
         )
-        self._compiled, self._hooks = self._compile(), _hooks_of(model)
+        tricks = self.config.tricks
+        with prewarm.only_if("prewarm" in tricks):
+            self._compiled, self._hooks = self._compile(), _hooks_of(model)
         self.model = routed_through(self._compiled, self._forward)
-        self.model._prepare_static_cache = self._static_cache
+        self._cache = KeptCache(self.model)
+        self.model._prepare_static_cache = self._cache.prepare
         self.model.generate = self._generate
         # a graph break needs Dynamo to be on, and CUDA graphs count its calls
-        self._repeats = self.config.fallback is None and mode is None
-        self._cache: StaticCache | None = None
-        self._cache_kind: tuple[object, ...] | None = None  # batch size, dtype, device
+        self._skips_guards = "guard_skipping" in tricks and self.config.fallback is None and mode is None
+        self._replays = "graph_replay" in tricks
         self._recorded: set[str] = set()  # outputs that have been asked for before
         self._lock = threading.Lock()
         self.last_stats: ExitStats | None = None
@@ -127,7 +129,7 @@ class TIDE:
         """
         started = time.perf_counter()
         ids = torch.ones(batch_size, prompt_length, dtype=torch.long, device=self.model.device)
-        self._static_cache("static", batch_size, prompt_length + max_new_tokens)
+        self._cache.prepare("static", batch_size, prompt_length + max_new_tokens)
         with rehearsal():
             self.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_WARM_TOKENS)
         self.last_stats = None
@@ -146,12 +148,12 @@ class TIDE:
             generation = kwargs.get("generation_config") or self.model.generation_config
             TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
         with self._lock, self._counted(per_token=trace):
-            repeats = GuardSkipping(self._compiled)
-            with skipping_guards(repeats) if self._repeats else nullcontext():
+            skipping = GuardSkipping(self._compiled, self._replays)
+            with skipping_guards(skipping) if self._skips_guards else nullcontext():
                 result = type(self.model).generate(self.model, *args, **kwargs)
-            repeats.finish()
+            skipping.finish()
             if not isinstance(result, Tensor):
-                self._cache = None  # the caller has got it, in the result
+                self._cache.hand_over()  # to the caller, in the result
             self.last_trace = self._trace(result, args, kwargs) if trace else None
         return result
 
@@ -165,7 +167,7 @@ class TIDE:
     @contextmanager
     def _counted(self, per_token: bool = False) -> Iterator[None]:
         """The exits of the block become ``last_stats`` and part of ``stats``, also when it ends in an error."""
-        hooks = _hooks_of(self._compiled._orig_mod)
+        hooks = _hooks_of(original_of(self._compiled))
         if hooks != self._hooks:  # Dynamo does not look for hooks that came or went
             self._compiled, self._hooks = self._compile(), hooks
         started = time.perf_counter()
@@ -181,31 +183,11 @@ class TIDE:
         if wanted - self._recorded:  # transformers hooks the model in the first such call, which no graph can hold
             ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
             with torch.no_grad():
-                self._compiled._orig_mod.forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
+                original_of(self._compiled).forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
             self._recorded |= wanted
-            self._hooks = _hooks_of(self._compiled._orig_mod)  # code that was compiled without them stays right
+            self._hooks = _hooks_of(original_of(self._compiled))  # code that was compiled without them stays right
         mark_sizes(kwargs)
-        return repeat(self._compiled, *args, **kwargs)
-
-    def _static_cache(
-        self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object
-    ) -> StaticCache:
-        """In the place of transformers' method of a similar name, which makes a new cache for every ``generate``."""
-        cache, kind = self._cache, (batch_size, self.model.dtype, self.model.device)
-        if cache is not None and kind == self._cache_kind and cache.get_max_length() >= max_cache_len:
-            cache.reset()
-            return cache
-        length = max(SMALLEST_CACHE, 1 << (max_cache_len - 1).bit_length())
-        shape = self.model._get_static_cache_init_shape()
-        with torch.inference_mode(False):  # an inference tensor could not be reset outside of inference mode
-            self._cache_kind = kind
-            self._cache = StaticCache(config=self.model.config.get_text_config(decoder=True), max_cache_len=length)
-            if shape is not None:
-                self._cache.early_initialization(batch_size, *shape, dtype=self.model.dtype, device=self.model.device)
-            if batch_size <= FEW_ROWS:
-                for tensor in (x for layer in self._cache.layers for x in vars(layer).values() if has_rows(x)):
-                    torch._dynamo.mark_static(tensor, 0)
-        return self._cache
+        return call(self._compiled, *args, **kwargs)
 
 
 def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:

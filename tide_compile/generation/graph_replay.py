@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import ModelOutput
 
-_GRAPH = "__compiled_fn"  # how Dynamo names a graph in the code around it
+from tide_compile.torch_internals.dynamo import GRAPH
+
 _unchanging: WeakKeyDictionary[CodeType, bool] = WeakKeyDictionary()  # what was found out about code
 
 
@@ -44,10 +45,11 @@ class GraphReplay:
     code would still have found the same inputs.
     """
 
-    def __init__(self, code: CodeType, function: FunctionType) -> None:
-        graphs = [name for name in code.co_names if name.startswith(_GRAPH)]
+    def __init__(self, code: CodeType, function: FunctionType, replays: bool = True) -> None:
+        graphs = [name for name in code.co_names if name.startswith(GRAPH)]
         scope = dict(function.__globals__)
-        if len(graphs) == 1:
+        self._observing = replays and len(graphs) == 1
+        if self._observing:
             self._graph: Callable[..., tuple] = scope[graphs[0]]
             scope[graphs[0]] = self._run_graph
         self._code = FunctionType(code, scope, None, function.__defaults__, function.__closure__)
@@ -55,7 +57,6 @@ class GraphReplay:
         self._looking, self._seen = False, ((), ())
         self._first: _Observed | None = None
         self._plan: _ReplayPlan | None = None
-        self._observing = len(graphs) == 1
 
     def __call__(self, model: nn.Module, arguments: dict[str, object]) -> object:
         """The function of a model and its arguments, which are like those of all calls before."""

@@ -3,8 +3,8 @@
 Dynamo looks at everything that its code depends on before each call: 6,000 guards for 30 layers. A token reads all
 weights, so none of that is in the processor's caches any more, and this takes 1.5 ms where it would take 0.4. Inside
 ``generate`` little can change between two tokens. So once a call is like the one before it, its guards are evaluated
-here, and further calls of that kind run the code that passed, or its graph alone (``replay``). When there are no more,
-the guards are evaluated again: were they to fail now, the model was changed in the meantime, and that is an error.
+here, and further calls of that kind run the code that passed, or its graph alone (``graph_replay``). When there are no
+more, the guards are evaluated again: were they to fail now, the model was changed meanwhile, and that is an error.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
-from torch._dynamo.eval_frame import OptimizedModule
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from tide_compile.errors import ModelChangedError
 from tide_compile.generation.graph_replay import GraphReplay
+from tide_compile.torch_internals.dynamo import OptimizedModule, code_with_guards, is_plain_call, original_of
+from tide_compile.torch_internals.versions import warn_if_unchecked
 
 _VALUES = (bool, int, float, str, type(None))
 _Kind = tuple[tuple[object, ...], ...]
@@ -34,14 +34,16 @@ class GuardSkipping:
 
     Args:
         compiled: the compiled model; nothing but its whole graph runs (``fullgraph``).
+        replays: whether the graph may run alone (``graph_replay``).
 
     Raises:
         ModelChangedError: at the end (``finish``, or the first call of another kind).
     """
 
-    def __init__(self, compiled: OptimizedModule) -> None:
-        self.compiled = compiled
-        self._weight = next(compiled._orig_mod.parameters())
+    def __init__(self, compiled: OptimizedModule, replays: bool = True) -> None:
+        warn_if_unchecked("guard_skipping")
+        self.compiled, self.model, self._replays = compiled, original_of(compiled), replays
+        self._weight = next(self.model.parameters())
         self._kind: _Kind | None = None
         self._run: GraphReplay | None = None
         self._holds: Callable[[dict[str, object]], bool] | None = None
@@ -57,7 +59,7 @@ class GuardSkipping:
             return self.compiled(**kwargs)
         self._latest = kwargs
         try:
-            return self._run(self.compiled._orig_mod, kwargs)
+            return self._run(self.model, kwargs)
         except Exception:
             self.finish()  # a changed model explains any error, such as a module that is gone
             raise
@@ -66,7 +68,7 @@ class GuardSkipping:
         """Evaluate the guards of what ran without them."""
         if self._latest is not None:
             with torch.no_grad():
-                holds = self._holds(self._latest) and self._run.is_valid(self.compiled._orig_mod, self._latest)
+                holds = self._holds(self._latest) and self._run.is_valid(self.model, self._latest)
             self._run = self._holds = self._latest = None
             if not holds:
                 raise ModelChangedError(
@@ -76,37 +78,35 @@ class GuardSkipping:
 
     def _find(self, kwargs: dict[str, object]) -> bool:
         """Take the code whose guards hold for this call, if there is any and nothing else belongs to a call."""
-        model = self.compiled._orig_mod
-        function = type(model).forward
-        if not (_steady(kwargs) and _plain(model) and isinstance(function, FunctionType)):
+        function = type(self.model).forward
+        if not (_steady(kwargs) and is_plain_call(self.model) and isinstance(function, FunctionType)):
             return False
-        region = self.compiled.dynamo_ctx._isolate_recompiles_id
-        for entry in eval_frame._get_cache_entries_for_region(function.__code__, region):
-            holds = _guards(entry.guard_manager.check, function, model)
-            if entry.code.co_freevars == function.__code__.co_freevars and holds(kwargs):
-                self._run, self._holds = GraphReplay(entry.code, function), holds
+        for code, check in code_with_guards(self.compiled, function):
+            holds = _guards(check, function, self.model)
+            if code.co_freevars == function.__code__.co_freevars and holds(kwargs):
+                self._run, self._holds = GraphReplay(code, function, self._replays), holds
                 return True
         return False
 
 
-_repeats: ContextVar[GuardSkipping | None] = ContextVar("tide_repeats", default=None)
+_skipping: ContextVar[GuardSkipping | None] = ContextVar("tide_guard_skipping", default=None)
 
 
 @contextmanager
-def skipping_guards(repeats: GuardSkipping) -> Iterator[None]:
-    """Inside, calls of ``repeat`` (of this thread or task) are among these repeats, if they are of the same model."""
-    token = _repeats.set(repeats)
+def skipping_guards(skipping: GuardSkipping) -> Iterator[None]:
+    """Inside, calls of ``call`` (of this thread or task) are among these calls, if they are of the same model."""
+    token = _skipping.set(skipping)
     try:
         yield
     finally:
-        _repeats.reset(token)
+        _skipping.reset(token)
 
 
-def repeat(compiled: OptimizedModule, *args: object, **kwargs: object) -> object:
+def call(compiled: OptimizedModule, *args: object, **kwargs: object) -> object:
     """Call the compiled model."""
-    repeats = _repeats.get()
-    if repeats is not None and repeats.compiled is compiled:
-        return repeats(*args, **kwargs)
+    skipping = _skipping.get()
+    if skipping is not None and skipping.compiled is compiled:
+        return skipping(*args, **kwargs)
     return compiled(*args, **kwargs)
 
 
@@ -130,14 +130,6 @@ def _steady(kwargs: dict[str, object]) -> bool:
     """Whether the cache has no state but tensors: layers with a window also count tokens in Python."""
     layers = [layer for value in kwargs.values() if type(value) is StaticCache for layer in value.layers]
     return bool(layers) and all(type(layer) is StaticLayer and layer.is_initialized for layer in layers)
-
-
-def _plain(model: nn.Module) -> bool:
-    """Whether a call of the model is its class's ``forward`` and nothing else, and Dynamo is to run it."""
-    hooks = model._forward_hooks or model._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
-    own = "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__
-    stance = eval_frame._stance
-    return not hooks and not own and stance.stance == "default" and stance.backend is None
 
 
 def _guards(

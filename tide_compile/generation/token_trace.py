@@ -20,7 +20,8 @@ from torch import Tensor
 from tide_compile.errors import ConfigError
 from tide_compile.files import write_text
 from tide_compile.inspection.html import render
-from tide_compile.runtime.exit_stats import PADDING, ExitStats
+from tide_compile.passes.plan import PADDING
+from tide_compile.runtime.exit_stats import ExitStats
 
 log = logging.getLogger("tide_compile")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule
 
 from tide_compile.config import TIDEConfig
@@ -21,6 +20,7 @@ from tide_compile.passes.plan import Settings
 from tide_compile.passes.run import PassEvent, run
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.settings import settings_of, settings_of_bank
+from tide_compile.torch_internals.dynamo import original_of
 
 
 @dataclass(slots=True)
@@ -83,25 +83,24 @@ def explain(
     found = Explanation()
 
     def backend(gm: GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
-        report, watch = GraphReport(), CompileObserver(dump)
+        report, observer = GraphReport(), CompileObserver(dump)
         found.graphs.append(report)
 
         def observe(event: PassEvent) -> None:
             report(event)
-            watch(event)
+            observer(event)
 
         try:
             program, plan = run(gm, lambda: _settings(config, router, example_inputs, report), observe)
         except TideError as error:
             report.error = f"{type(error).__name__}: {error}"
-            watch.failed(error)
+            observer.failed(error)
         else:
             report.planned(program, plan)
-            watch.planned(program, plan)
+            observer.planned(program, plan)
         return gm
 
-    model = model._orig_mod if isinstance(model, OptimizedModule) else model
-    torch.compile(model, backend=backend, isolate_recompiles=True)(*inputs, **kwargs)
+    torch.compile(original_of(model), backend=backend, isolate_recompiles=True)(*inputs, **kwargs)
     return found
 
 

@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from pprint import pformat
 
-import torch
 from tabulate import tabulate
 
 from tide_compile import passes
@@ -21,8 +20,10 @@ from tide_compile.inspection.graph_report import GraphReport
 from tide_compile.inspection.graph_source import source_of
 from tide_compile.inspection.plan_chart import write_chart
 from tide_compile.inspection.plan_page import plan_page
-from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import Program
 from tide_compile.passes.run import PassEvent
+from tide_compile.torch_internals.fx import without_modes
 
 log = logging.getLogger("tide_compile")
 
@@ -171,5 +172,5 @@ def _next_folder(root: Path) -> Path:
 
 
 def _found(name: str, value: object) -> str:
-    with torch.utils._python_dispatch._disable_current_modes():
+    with without_modes():
         return f"{name} = {pformat(value, width=110, compact=True)}"

@@ -6,13 +6,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 from tabulate import tabulate
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from tide_compile.passes.find_layers import layer_of_nodes
 from tide_compile.passes.graph.structure_key import structure_key
-from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import Piece, Program
 from tide_compile.passes.run import PassEvent
+from tide_compile.torch_internals.fx import OpOverload
 
 _NO_CALL = ("placeholder", "output", "get_attr")
 _SHOWN = 3  # operators, apart from tide's own, in the line of a pass
@@ -61,6 +62,17 @@ class PieceRow:
     twin_of: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentRow:
+    """The pieces of a segment that there are, by the fields of ``Segment``."""
+
+    plain: PieceRow
+    masked: PieceRow | None
+    compact: PieceRow | None
+    project: PieceRow | None
+    fill: PieceRow | None
+
+
 @dataclass(slots=True)
 class GraphReport:
     """An observer of the passes. ``shape`` is that of the hidden states, (B, S, H), symbols as text; ``error`` the
@@ -73,6 +85,9 @@ class GraphReport:
     steps: list[Step] = field(default_factory=list)
     layers: list[LayerRow] = field(default_factory=list)
     pieces: list[PieceRow] = field(default_factory=list)
+    prologue: PieceRow | None = None
+    segments: list[SegmentRow] = field(default_factory=list)
+    epilogue: PieceRow | None = None
     error: str | None = None
     notes: list[str] = field(default_factory=list)
     _owner: dict[str, int] = field(default_factory=dict)
@@ -96,23 +111,21 @@ class GraphReport:
     def planned(self, program: Program, plan: Plan) -> None:
         """Take what the table needs from the finished program, before it is compiled."""
         self.checkpoints, self.kv_cache_strategy = plan.checkpoints, plan.settings.kv_cache_strategy
-        first: dict[str, str] = {}
-        for name, piece in program.pieces.items():
-            calls = sum(n.op not in _NO_CALL for n in piece.graph.graph.nodes)
-            twin = first.setdefault(structure_key(piece.graph), name)
-            self.pieces.append(PieceRow(name, calls, None if twin == name else twin))
-        twins = {p.name: p.twin_of for p in self.pieces}
+        rows = _rows_of(program)
+        self.pieces = list(rows.values())
+        self.prologue, self.epilogue = rows[program.prologue], rows[program.epilogue]
+        twins = _twins_of(program)
         sizes, slices = Counter(self._owner.values()), self._slices(program)
-        for segment in range(plan.num_segments):
-            twin = twins[f"segment_{segment}"]
-            for layer in plan.segment_layers(segment):
+        for index, segment in enumerate(program.segments):
+            pieces = (segment.plain, segment.masked, segment.compact, segment.project, segment.fill)
+            self.segments.append(SegmentRow(*(None if piece is None else rows[piece] for piece in pieces)))
+            for layer in plan.segment_layers(index):
                 threshold = plan.settings.routers[layer]["threshold"].item() if layer in plan.checkpoints else None
-                kv = slices[layer] if plan.follows_checkpoint(segment) else None
-                row = LayerRow(layer, sizes[layer], segment, threshold, twin and int(twin.split("_")[1]), kv)
-                self.layers.append(row)
+                kv = slices[layer] if plan.follows_checkpoint(index) else None
+                self.layers.append(LayerRow(layer, sizes[layer], index, threshold, twins[index], kv))
 
     def _slices(self, program: Program) -> Counter:
-        fills = [p.graph.graph for name, p in program.pieces.items() if name.startswith("fill_")]
+        fills = (segment.fill.graph.graph for segment in program.segments if segment.fill is not None)
         largest = max(fills, key=lambda g: len(g.nodes), default=Graph())
         return Counter(self._owner.get(n.name) for n in largest.nodes if n.op not in _NO_CALL)
 
@@ -156,8 +169,26 @@ class GraphReport:
         return {n: getattr(self, n) for n in names} | rows
 
 
+def _rows_of(program: Program) -> dict[Piece, PieceRow]:
+    """A row for each piece."""
+    first: dict[str, str] = {}
+    rows = {}
+    for piece in program.pieces():
+        calls = sum(n.op not in _NO_CALL for n in piece.graph.graph.nodes)
+        twin = first.setdefault(structure_key(piece.graph), piece.name)
+        rows[piece] = PieceRow(piece.name, calls, None if twin == piece.name else twin)
+    return rows
+
+
+def _twins_of(program: Program) -> list[int | None]:
+    """For each segment the first one whose code it shares, or None: that is itself."""
+    first: dict[str, int] = {}
+    found = [first.setdefault(structure_key(s.plain.graph), i) for i, s in enumerate(program.segments)]
+    return [None if twin == index else twin for index, twin in enumerate(found)]
+
+
 def _graphs_of(program: GraphModule | Program) -> list[Graph]:
-    return [program.graph] if isinstance(program, GraphModule) else [p.graph.graph for p in program.pieces.values()]
+    return [program.graph] if isinstance(program, GraphModule) else [p.graph.graph for p in program.pieces()]
 
 
 def _name_of(node: Node) -> str:

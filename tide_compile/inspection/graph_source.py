@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule
-from torch.fx.graph_module import _format_import_statement
 from torch.package import sys_importer
 from torch.package.importer import ObjMismatchError, ObjNotFoundError
 
-from tide_compile.passes.graph.fx_tools import value_of
-from tide_compile.passes.plan import Piece, Program
+from tide_compile.passes.graph.fx_tools import hint, value_of
+from tide_compile.passes.program import Piece, Program
+from tide_compile.torch_internals.fx import import_statement
 
 _MOST_WRITTEN = 64  # elements of a constant; of larger ones the file holds zeros
 _HEADER = "import torch\nimport tide_compile.backend  # defines torch.ops.tide\n"
@@ -50,31 +50,31 @@ def source_of(program: GraphModule | Program, about: str) -> str:
     Constants of more than 64 elements are zeros there. ``about`` becomes the file's docstring.
     """
     classes, imports = [], {}
-    for name, piece in _pieces_of(program):
+    for piece in _pieces_of(program):
         imports |= dict.fromkeys(_imports(piece.graph))
-        classes.append(_class_of(name, piece))
-    names = ", ".join(f'"{name}": {_class_name(name)}' for name, _ in _pieces_of(program))
+        classes.append(_class_of(piece))
+    names = ", ".join(f'"{piece.name}": {_class_name(piece.name)}' for piece in _pieces_of(program))
     text = about.replace("\\", "\\\\").replace('"""', "'''")
     parts = [f'"""{text}\n"""\n', "\n".join((_HEADER, *imports)), *classes, _FOOTER.replace("{pieces}", f"{{{names}}}")]
     return re.sub(r"[ \t]+\n", "\n", "\n\n".join(parts))
 
 
-def _pieces_of(program: GraphModule | Program) -> Iterator[tuple[str, Piece]]:
+def _pieces_of(program: GraphModule | Program) -> Iterator[Piece]:
     if isinstance(program, Program):
-        yield from program.pieces.items()
+        yield from program.pieces()
         return
     inputs = tuple(n.name for n in program.graph.find_nodes(op="placeholder"))
-    yield "model", Piece(program, inputs, tuple(map(str, program.graph.output_node().args[0])))
+    yield Piece("model", program, inputs, tuple(map(str, program.graph.output_node().args[0])))
 
 
 def _class_name(piece: str) -> str:
     return "".join(part.title() for part in re.split(r"\W|_", piece))
 
 
-def _class_of(name: str, piece: Piece) -> str:
+def _class_of(piece: Piece) -> str:
     takes = [_spec(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
     lines = [
-        f"class {_class_name(name)}(torch.nn.Module):",
+        f"class {_class_name(piece.name)}(torch.nn.Module):",
         f"    inputs = {piece.inputs!r}",
         f"    outputs = {piece.outputs!r}",
         f"    takes = [{', '.join(takes)}]",
@@ -113,8 +113,8 @@ def _spec(value: object) -> str:
 
 
 def _number(size: object) -> int:
-    hint = size.node.hint if isinstance(size, torch.SymInt) else size
-    return hint if isinstance(hint, int) else 2
+    number = hint(size)
+    return number if isinstance(number, int) else 2
 
 
 def _constant(value: torch.Tensor) -> str:
@@ -130,7 +130,7 @@ def _imports(gm: GraphModule) -> Iterator[str]:
         if isinstance(module, GraphModule):
             for name, value in module.graph.python_code("self").globals.items():
                 try:
-                    yield _format_import_statement(name, value, sys_importer)
+                    yield import_statement(name, value, sys_importer)
                 except (ObjNotFoundError, ObjMismatchError):
                     yield f"{name} = None  # {value!r} has no name that can be imported"
             calls = (n.target for n in module.graph.nodes if n.op == "call_function")

@@ -15,7 +15,7 @@ def render(template: str, **values: object) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("tide_compile"),
+        loader=jinja2.PackageLoader("tide_compile.inspection"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from torch._logging import trace_structured
-
 from tide_compile.inspection.graph_dump import new_dumps
 from tide_compile.inspection.graph_source import source_of
-from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import Program
 from tide_compile.passes.run import PassEvent
+from tide_compile.torch_internals.fx import trace_structured
 
 log = logging.getLogger("tide_compile")
 

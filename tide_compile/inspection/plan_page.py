@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from itertools import groupby
 
-from tide_compile.inspection.graph_report import GraphReport, LayerRow
+from tide_compile.inspection.graph_report import GraphReport, LayerRow, PieceRow
 from tide_compile.inspection.html import render
 from tide_compile.runtime.exit_stats import ExitStats
 from tide_compile.runtime.piece_times import EXECUTOR, Times
@@ -30,10 +30,10 @@ def plan_page(
         report=report,
         stats=shown.stats,
         segments=list(shown.segments()),
-        total=shown.ms(EXECUTOR),
+        total=shown.ms_of(EXECUTOR),
         calls=shown.calls,
-        prologue=shown.ms("prologue"),
-        epilogue=shown.ms("epilogue"),
+        prologue=shown.ms(report.prologue),
+        epilogue=shown.ms(report.epilogue),
     )
 
 
@@ -46,18 +46,22 @@ class _Measured:
         self._seconds = {} if times is None else times.seconds
         self.calls = len(self._seconds.get(EXECUTOR, ()))
 
-    def ms(self, *pieces: str) -> float | None:
-        """Milliseconds per call in these pieces; None where no times are known."""
+    def ms(self, *pieces: PieceRow | None) -> float | None:
+        """Milliseconds per call in those of these pieces that there are; None where no times are known."""
+        return self.ms_of(*(piece.name for piece in pieces if piece is not None))
+
+    def ms_of(self, *names: str) -> float | None:
+        """As ``ms``, by the names in ``Times``."""
         if not self.calls:
             return None
-        found = (self._seconds[p] for p in pieces if p in self._seconds)
+        found = (self._seconds[name] for name in names if name in self._seconds)
         return sum(statistics.median(s) * len(s) for s in found) / self.calls * 1e3
 
     def segments(self) -> Iterator[dict[str, object]]:
         active = 1.0
         for segment, group in groupby(self.report.layers, key=lambda row: row.segment):
             rows: list[LayerRow] = list(group)
-            last, name = rows[-1], f"segment_{segment}"
+            last, pieces = rows[-1], self.report.segments[segment]
             left = None
             if self.stats is not None and last.threshold is not None:
                 left = self.stats.exits_per_layer.get(last.layer, 0)
@@ -67,11 +71,11 @@ class _Measured:
                 "rows": rows,
                 "twin_of": last.twin_of,
                 "active": active,
-                "ms": self.ms(name, f"{name}.masked", f"{name}.compact"),
+                "ms": self.ms(pieces.plain, pieces.masked, pieces.compact),
                 "threshold": last.threshold,
                 "layer": last.layer,
                 "left": left,
                 "share": share,
-                "exit_ms": self.ms(f"project_{last.layer}", f"fill_{last.layer}"),
+                "exit_ms": self.ms(pieces.project, pieces.fill),
             }
             active -= share or 0.0

@@ -1,21 +1,21 @@
-"""Compiled pieces: at once, or when they are first run."""
+"""compile_piece: one piece, handed to Inductor now."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
-import torch.utils.cpp_extension  # imports setuptools, which fails once a package has imported the stdlib's distutils
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
-from tide_compile.lowering.hooks import reusing_buffers
+from tide_compile.lowering.buffer_reuse import reuse_buffers
+from tide_compile.lowering.hooks import changing_modules
+from tide_compile.lowering.self_test import buffers_can_be_reused
 from tide_compile.passes.graph.fx_tools import value_of
-from tide_compile.passes.plan import Piece
-
-log = logging.getLogger("tide_compile")
+from tide_compile.passes.program import Piece
+from tide_compile.torch_internals.fx import tracing_with
+from tide_compile.torch_internals.inductor import compile_fx, hand_on_static_addresses, mode_options
+from tide_compile.torch_internals.switches import enabled
 
 Runnable = Callable[..., tuple]
 
@@ -27,36 +27,33 @@ PATCHES = {
 
 def compile_whole(gm: GraphModule, example_inputs: Sequence[object], mode: str | None) -> Runnable:
     """The graph as stock ``torch.compile`` would lower it."""
-    patches = torch._inductor.list_mode_options(mode) if mode else None
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compile_fx(gm, list(example_inputs), config_patches=mode_options(mode) or None)
 
 
-def compile_piece(piece: Piece, patches: dict[str, object]) -> Runnable:
-    """The piece compiled by Inductor now, within the guards of the graph it comes from."""
-    inputs = [_canonical(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
-    if patches.get("triton.cudagraphs"):
-        _hand_on_static_addresses(piece.graph)
-    return compile_graph(piece.graph, inputs, patches)
+def compile_piece(piece: Piece, patches: Mapping[str, object], tricks: frozenset[str]) -> Runnable:
+    """The piece compiled by Inductor now, within the guards of the graph it comes from.
 
-
-def compile_graph(gm: GraphModule, inputs: Sequence[object], patches: dict[str, object] | None = None) -> Runnable:
-    """A graph compiled by Inductor for these fake inputs."""
-    mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
-    # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
-    with tracing(TracingContext(mode)), reusing_buffers():
-        return compile_fx(gm, list(inputs), config_patches=PATCHES | (patches or {}))
-
-
-def _hand_on_static_addresses(gm: GraphModule) -> None:
-    """Let Inductor see which inputs Dynamo found at fixed addresses (parameters, static caches): CUDA graphs read those
-    where they are, copy all others first, and give up on a graph that writes into any other.
-
-    AOTAutograd looks for ``_dynamo_static_input_type`` only in graphs that look as if they came from Dynamo.
+    Args:
+        patches: of Inductor's config. tricks: those that are switched on.
     """
-    gm.meta.setdefault("dynamo_compile_id", None)
-    gm._param_name_to_source = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        node._dynamo_source = None
+    inputs = [_canonical(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
+    if patches.get("triton.cudagraphs") and "static_addresses" in tricks:
+        hand_on_static_addresses(piece.graph)
+    return compile_graph(piece.graph, inputs, patches, tricks)
+
+
+def compile_graph(
+    gm: GraphModule,
+    inputs: Sequence[object],
+    patches: Mapping[str, object] | None = None,
+    tricks: frozenset[str] | None = None,
+) -> Runnable:
+    """A graph compiled by Inductor for these fake inputs. ``tricks``: None for those that the environment leaves on."""
+    mode = next(v.fake_mode for v in inputs if isinstance(v, torch.Tensor))
+    reuse = "buffer_reuse" in (enabled() if tricks is None else tricks) and buffers_can_be_reused()
+    # Dynamo has put a fresh fake mode in its own context; the graph's values have theirs
+    with tracing_with(mode), changing_modules(reuse_buffers) if reuse else nullcontext():
+        return compile_fx(gm, list(inputs), config_patches=PATCHES | dict(patches or {}))
 
 
 def _canonical(value: object) -> object:

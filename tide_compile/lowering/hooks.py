@@ -1,47 +1,35 @@
-"""inductor_code: which files hold the code that Inductor runs for a piece, what is done when it is loaded, and when
-Inductor waits for its compilers."""
+"""hooks: what is done around Inductor for the length of a block: files are noted, modules changed, compilers waited for
+together."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from types import ModuleType
 
-from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codecache import PyCodeCache
-from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-from tide_compile.lowering.buffer_reuse import reuse_buffers
+from tide_compile.torch_internals.inductor import AsyncCompile, PyCodeCache
+from tide_compile.torch_internals.patching import patched
 
 _files: ContextVar[list[str] | None] = ContextVar("tide_inductor_files", default=None)
-_keeping: ContextVar[bool] = ContextVar("tide_keeping", default=False)
+_change: ContextVar[Callable[[ModuleType], ModuleType] | None] = ContextVar("tide_change_modules", default=None)
 _started: ContextVar[list[tuple[AsyncCompile, dict[str, object]]] | None] = ContextVar("tide_started", default=None)
 
 
 @contextmanager
 def note_code_files() -> Iterator[list[str]]:
     """Collect the paths of the modules that Inductor loads inside the block, newly written or from its cache."""
-    _wrap(PyCodeCache, "load_by_key_path", _loading)
     files: list[str] = []
-    token = _files.set(files)
-    try:
+    with patched(PyCodeCache, "load_by_key_path", _loading), _set(_files, files):
         yield files
-    finally:
-        _files.reset(token)
 
 
 @contextmanager
-def reusing_buffers() -> Iterator[None]:
-    """What Inductor compiles, or takes from its cache, inside the block allocates its small temporaries once."""
-    _wrap(PyCodeCache, "load_by_key_path", _loading)
-    token = _keeping.set(True)
-    try:
+def changing_modules(change: Callable[[ModuleType], ModuleType]) -> Iterator[None]:
+    """What Inductor compiles, or takes from its cache, inside the block runs as ``change`` of its module. The module
+    itself, which belongs to Inductor's cache, has to stay as it is."""
+    with patched(PyCodeCache, "load_by_key_path", _loading), _set(_change, change):
         yield
-    finally:
-        _keeping.reset(token)
 
 
 @contextmanager
@@ -49,24 +37,20 @@ def compiling_together() -> Iterator[None]:
     """Inside the block, C++ compilers are started and not waited for, so that the code of the next piece is generated
     meanwhile; none of the pieces can run before the end of the block. Other threads wait as ever.
     """
-    _wrap(AsyncCompile, "wait", _deferring)
     started: list[tuple[AsyncCompile, dict[str, object]]] = []
-    token = _started.set(started)
-    try:
+    with patched(AsyncCompile, "wait", _deferring), _set(_started, started):
         yield
-    finally:
-        _started.reset(token)
     for compiler, scope in started:
         compiler.wait(scope)
 
 
 def _loading(load: Callable[..., ModuleType]) -> Callable[..., ModuleType]:
-    def loading(key: str, path: str, *args: object, **kwargs: object) -> ModuleType:
-        files = _files.get()
+    def loading(cls: type, key: str, path: str, *args: object, **kwargs: object) -> ModuleType:
+        files, change = _files.get(), _change.get()
         if files is not None and path not in files:
             files.append(path)
-        module = load(key, path, *args, **kwargs)
-        return reuse_buffers(module) if _keeping.get() else module
+        module = load(cls, key, path, *args, **kwargs)
+        return module if change is None else change(module)
 
     return loading
 
@@ -82,15 +66,10 @@ def _deferring(wait: Callable[[AsyncCompile, dict[str, object]], None]) -> Calla
     return deferring
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Once for all."""
-    original = getattr(owner, name)
-    if not getattr(original, "_tide", False):
-        wrapped = functools.wraps(original)(wrapper(original))
-        wrapped._tide = True
-        setattr(owner, name, wrapped)
-
-
-def code_cache() -> Path:
-    """The folder in which Inductor keeps its code."""
-    return Path(cache_dir())
+@contextmanager
+def _set(variable: ContextVar, value: object) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

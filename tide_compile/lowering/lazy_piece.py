@@ -5,19 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.utils.cpp_extension  # imports setuptools, which fails once a package has imported the stdlib's distutils
 from torch.fx import GraphModule
 
 from tide_compile.lowering.compile_piece import PATCHES, Runnable, compile_piece
 from tide_compile.passes.graph.fx_tools import call, value_of
-from tide_compile.passes.plan import ROWS, Piece
+from tide_compile.passes.program import ROWS, Piece
+from tide_compile.torch_internals.dynamo import copy_mark, mark_dynamic, maybe_mark_dynamic
 
 log = logging.getLogger("tide_compile")
-
-_STATIC = "_dynamo_static_input_type"
 
 
 class LazyPiece:
@@ -27,10 +25,10 @@ class LazyPiece:
     by ``torch.compile``, which brings its own.
     """
 
-    def __init__(self, piece: Piece, patches: dict[str, object]) -> None:
+    def __init__(self, piece: Piece, patches: Mapping[str, object], tricks: frozenset[str]) -> None:
         self._kept = _read_sizes(piece.graph)
         self._fewer = len(self._kept) < len(piece.inputs)
-        self._piece, self._patches, self._run = piece, patches, None
+        self._piece, self._patches, self._tricks, self._run = piece, patches, tricks, None
         values = [value_of(n) for n in piece.graph.graph.find_nodes(op="placeholder")]
         self._dynamic = {i: sizes for i, v in enumerate(values) if (sizes := _symbolic_sizes(v))}
         self._guarded = bool(self._dynamic) or any(isinstance(v, torch.SymInt) for v in values)
@@ -46,16 +44,16 @@ class LazyPiece:
                 self._run = self._run or self._compile()
             arguments = [_marked(a, self._dynamic[i]) if i in self._dynamic else a for i, a in enumerate(arguments)]
         if self._rows is not None:
-            torch._dynamo.mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
+            mark_dynamic(arguments[self._rows], arguments[self._rows].dim() - 1)
         return self._run(*arguments)
 
     def _compile(self) -> Runnable:
         started = time.perf_counter()
         if not self._guarded and self._rows is None:
-            run = compile_piece(self._piece, self._patches)
+            run = compile_piece(self._piece, self._patches, self._tricks)
         else:  # in a module of its own: Dynamo skips code that was generated while it compiled
             module = GraphModule(self._piece.graph, self._piece.graph.graph)
-            run = torch.compile(module.forward, fullgraph=True, options=PATCHES | self._patches)
+            run = torch.compile(module.forward, fullgraph=True, options=PATCHES | dict(self._patches))
         log.info("compiled a piece on its first run in %.1f s", time.perf_counter() - started)
         return run
 
@@ -63,9 +61,8 @@ class LazyPiece:
 def _marked(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """The same memory with dynamic sizes: on the caller's own tensor, such as one of its cache, guards see the mark."""
     alias = tensor.detach()
-    if hasattr(tensor, _STATIC):
-        setattr(alias, _STATIC, getattr(tensor, _STATIC))
-    torch._dynamo.maybe_mark_dynamic(alias, sizes)
+    copy_mark(tensor, alias)
+    maybe_mark_dynamic(alias, sizes)
     return alias
 
 

@@ -1,4 +1,4 @@
-"""Tuning: which form of a product is fastest here, measured once per shape and kept in the cache folder."""
+"""measure_forms: which form of a product is fastest here, measured once per shape and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -11,44 +11,43 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._guards import tracing
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tide_compile.files import cache_folder, write_text
 from tide_compile.kernels.cpu.linear import packed_linear, template_linear
+from tide_compile.kernels.few_rows import FEW_ROWS
 from tide_compile.lowering.compile_piece import compile_graph
-from tide_compile.lowering.machine import machine_name
+from tide_compile.lowering.machine_name import machine_name
 from tide_compile.passes.aten.gemm_forms import (
     ALONE,
     CHUNKS,
-    FEW_ROWS,
     TOGETHER,
     Form,
     Linears,
     possible_forms,
     stream,
 )
+from tide_compile.torch_internals.fx import FakeTensorMode, alone
 
 log = logging.getLogger("tide_compile")
 
 Candidate = Callable[[Tensor, Tensor, Sequence[Tensor]], object]  # takes x, a weight, and the same weight in parts
 
-_WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
+WORKING_SET = 1 << 28  # bytes of weights that are read in turn, so that they come from memory, as in a model
 _PARTS = 2 * CHUNKS  # a step of a loop for any size has more to do, so that it needs more parts for the same speed
-_ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
+ROUNDS, _LEAST = 5, 0.2  # rounds, and seconds for all of them: a short disturbance must not decide
 _OPERATIONS = 2e9  # of one product, and of those that are measured in turn: beyond that multiplying takes the time
 _FAR = 1.5  # times as long as another form: it need not be measured again
 _CALL = 10e-6  # seconds that a call between the loops of a segment costs, apart from what it computes
 
 
-def known_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[Linears, Form]:
+def known_forms(found: Iterable[Linears], pack_weights: bool = False, template: bool = True) -> dict[Linears, Form]:
     """The fastest forms of those products that were measured before, or that have one form only."""
     known = _load().get(machine_name(), {})
     forms = {}
     for linears in found:
-        possible = possible_forms(linears, pack_weights)
-        form = possible[0] if len(possible) == 1 else known.get(_key(linears, pack_weights))
+        possible = possible_forms(linears, pack_weights, template)
+        form = possible[0] if len(possible) == 1 else known.get(_key(linears, possible))
         if form is not None:
             forms[linears] = form
     return forms
@@ -61,7 +60,7 @@ def begin_measuring(found: Iterable[Linears]) -> None:
             _streamed(linears.rows, linears.dtype, linears.stored)
 
 
-def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[Linears, Form]:
+def fastest_forms(found: Iterable[Linears], pack_weights: bool = False, template: bool = True) -> dict[Linears, Form]:
     """The fastest form of products on this machine's CPU, measured in some 0.3 s each unless it is known
     (with ``pack_weights`` 2 s: a template is compiled).
 
@@ -69,14 +68,16 @@ def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[
 
     Args:
         pack_weights: whether copies of the weights may be kept.
+        template: whether Inductor's template is tried for them.
     """
     found = set(found)
-    forms, measured = known_forms(found, pack_weights), {}
+    forms, measured = known_forms(found, pack_weights, template), {}
     calls = {"stream": 0} | dict.fromkeys(TOGETHER, 1)  # others: one for each weight
     for linears in sorted(found - forms.keys(), key=str):
-        seconds = _seconds(_candidates(linears, pack_weights), linears)
+        possible = possible_forms(linears, pack_weights, template)
+        seconds = seconds_of(candidates(linears, possible), linears)
         fastest = min(seconds, key=lambda form: seconds[form] + _CALL * calls.get(form, len(linears.outs)))
-        forms[linears] = measured[_key(linears, pack_weights)] = fastest
+        forms[linears] = measured[_key(linears, possible)] = fastest
         log.info("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if measured:
         known = _load()
@@ -88,11 +89,13 @@ def fastest_forms(found: Iterable[Linears], pack_weights: bool = False) -> dict[
     return forms
 
 
-def _key(linears: Linears, pack_weights: bool) -> str:
-    return f"{linears} as {', '.join(possible_forms(linears, pack_weights))}"
+def _key(linears: Linears, possible: Sequence[Form]) -> str:
+    return f"{linears} as {', '.join(possible)}"
 
 
-def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Candidate]:
+def candidates(linears: Linears, possible: Sequence[Form]) -> dict[Form, Candidate]:
+    """What computes a product in each of these forms."""
+
     def one_by_one(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, _: Tensor, parts: Sequence[Tensor]) -> None:
         for weight in parts:
             product(x, weight).contiguous()  # as whatever reads the result may want it
@@ -107,7 +110,7 @@ def _candidates(linears: Linears, pack_weights: bool = False) -> dict[Form, Cand
             return lambda x, _, parts: packed_linear(x, parts)
         return functools.partial(one_by_one, ALONE.get(form, _aten))
 
-    return {form: candidate(form) for form in possible_forms(linears, pack_weights)}
+    return {form: candidate(form) for form in possible}
 
 
 def _aten(x: Tensor, weight: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ def _streamed(rows: int, dtype: torch.dtype, stored: torch.dtype) -> Callable[[T
         size = weight.shape[0] // _PARTS
         return (stream(x, [weight.narrow(0, i * size, size) for i in range(_PARTS)]),)
 
-    with tracing(None):  # else the sizes become symbols of the model that is being compiled
+    with alone():  # else the sizes become symbols of the model that is being compiled
         graph = make_fx(product, tracing_mode="symbolic")(*example)
     for node in graph.graph.nodes:
         node.type = None  # an annotation as text, which AOTAutograd's cache takes for a class
@@ -135,43 +138,43 @@ def _templated(rows: int, outs: tuple[int, ...], linears: Linears) -> Callable[.
     """``template_linear`` compiled for weights of these sizes."""
     with FakeTensorMode():
         fakes = [torch.empty(n, linears.ins, dtype=linears.dtype) for n in (rows, *outs)]
-    with tracing(None):
+    with alone():
         graph = make_fx(lambda *given: (template_linear(given[0], given[1:]),))(*fakes)
     return compile_graph(graph, fakes)
 
 
-def _seconds(
+def seconds_of(
     products: dict[Form, Candidate], linears: Linears, of: Callable[[list[float]], float] = min
 ) -> dict[Form, float]:
     """``of`` the rounds of each product, in which they take turns: the least compares them, because whatever else the
     machine does adds; the median is what to expect. Of very large weights a part will do."""
     total, per_row = sum(linears.outs), linears.ins * linears.stored.itemsize
-    most = min(_WORKING_SET / (2 * per_row), _OPERATIONS / (2 * linears.rows * linears.ins))
+    most = min(WORKING_SET / (2 * per_row), _OPERATIONS / (2 * linears.rows * linears.ins))
     outs = min(total, int(most)) // _PARTS * _PARTS or _PARTS
     operations = 2 * linears.rows * linears.ins * outs
-    count = max(2, min(256, _WORKING_SET // (outs * per_row), int(_OPERATIONS // operations)))
+    count = max(2, min(256, WORKING_SET // (outs * per_row), int(_OPERATIONS // operations)))
     x = torch.ones(linears.rows, linears.ins, dtype=linears.dtype)
     ends = [sum(linears.outs[:i]) * outs // total for i in range(1, len(linears.outs))]  # in their proportions
     whole = torch.ones(count, outs, linears.ins, dtype=linears.stored).unbind()
     weights = [(weight, weight.tensor_split(ends)) for weight in whole]
     for form, product in list(products.items()):
         try:
-            _once(product, x, weights if form in TOGETHER else weights[:1])
+            once(product, x, weights if form in TOGETHER else weights[:1])
         except Exception as error:  # of a library, or of Inductor's template
             if form == "aten":
                 raise
             log.warning("%s is not tried as %s, which failed: %s", linears, form, error)
             del products[form]
-    seconds: dict[Form, list[float]] = {form: [_once(product, x, weights)] for form, product in products.items()}
-    while max(map(len, seconds.values())) < _ROUNDS or sum(map(sum, seconds.values())) < _LEAST:
+    seconds: dict[Form, list[float]] = {form: [once(product, x, weights)] for form, product in products.items()}
+    while max(map(len, seconds.values())) < ROUNDS or sum(map(sum, seconds.values())) < _LEAST:
         least = min(map(min, seconds.values()))
         for form, product in products.items():
             if min(seconds[form]) < _FAR * least:
-                seconds[form].append(_once(product, x, weights))
+                seconds[form].append(once(product, x, weights))
     return {form: of(rounds) / count * total / outs for form, rounds in seconds.items()}
 
 
-def _once(product: Callable[..., object], x: Tensor, others: Iterable[tuple]) -> float:
+def once(product: Callable[..., object], x: Tensor, others: Iterable[tuple]) -> float:
     started = time.perf_counter()
     for operands in others:
         product(x, *operands)

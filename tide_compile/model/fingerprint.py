@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from tide_compile.torch_internals.fx import is_traceable_wrapper_subclass
 
 _SAMPLES = 16
 

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, StaticCache
+from torch.fx import GraphModule
+from transformers import PreTrainedConfig
 
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import ConfigError
+from tide_compile.generation.static_cache import new_static_cache
 from tide_compile.kernels.gpu.cards import CARDS
-from tide_compile.lowering.measure_decoding import measure_decoding
+from tide_compile.lowering.machine import measure_decoding
 from tide_compile.passes.graph.cost import Device, PieceCost, cost_of, router_cost_of
-from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import Piece, Program
 from tide_compile.passes.run import run
 from tide_compile.planning.token_costs import TokenCosts
 from tide_compile.routers.bank import RouterBank
@@ -116,33 +119,33 @@ class CostModel:
 def predict_costs(model: nn.Module, bank: RouterBank, config: TIDEConfig, device: Device, context: int) -> TokenCosts:
     """What ``measure_costs`` measures, from the graph of the model with all checkpoints of a bank: for a device that
     need not be there, behind ``context`` tokens."""
-    program, plan = _trace(model, bank, config)
-    device = device.for_rows(1)
-    seconds, routers = (
-        {name: of(piece.graph).scaled(1, context / _CONTEXT).seconds(device) for name, piece in program.pieces.items()}
-        for of in (cost_of, router_cost_of)
-    )
-    spent, leaving = seconds["prologue"] + seconds["epilogue"], {}
-    for segment in range(plan.num_segments):
-        spent += seconds[f"segment_{segment}"]
-        layer = plan.checkpoint_of(segment)
-        if layer is not None:
-            leaving[layer] = spent + routers.get(f"project_{layer}", 0.0) + seconds.get(f"fill_{layer}", 0.0)
-    asked = sum(routers[f"segment_{segment}"] for segment in range(plan.num_segments))
+    program, _ = _trace(model, bank, config)
+    device, keys = device.for_rows(1), context / _CONTEXT
+
+    def seconds(piece: Piece | None, cost: Callable[[GraphModule], PieceCost] = cost_of) -> float:
+        return 0.0 if piece is None else cost(piece.graph).scaled(1, keys).seconds(device)
+
+    spent, asked, leaving = seconds(program.prologue) + seconds(program.epilogue), 0.0, {}
+    for segment in program.segments:
+        spent += seconds(segment.plain)
+        asked += seconds(segment.plain, router_cost_of)
+        if segment.checkpoint is not None:
+            leaving[segment.checkpoint] = spent + seconds(segment.project, router_cost_of) + seconds(segment.fill)
     return TokenCosts(spent, asked / len(leaving), leaving)
 
 
 def _costs(program: Program, plan: Plan, depth: int) -> tuple[PieceCost, ...]:
     """First layers, router, remaining layers, fill, and what comes before and after the layers."""
-    costs = {name: cost_of(piece.graph) for name, piece in program.pieces.items()}
-    first, rest = PieceCost(), PieceCost()
-    for segment in range(plan.num_segments):
-        if plan.segment_layers(segment)[0] < depth:
-            first += costs[f"segment_{segment}"]
+    first = rest = fill = PieceCost()
+    for index, segment in enumerate(program.segments):
+        if plan.segment_layers(index)[0] < depth:
+            first += cost_of(segment.plain.graph)
         else:
-            rest += costs[f"segment_{segment}"]
-    router = sum((router_cost_of(piece.graph) for piece in program.pieces.values()), PieceCost())
-    return first, router, rest, costs.get(f"fill_{depth - 1}", PieceCost()), costs["prologue"] + costs["epilogue"]
+            rest += cost_of(segment.plain.graph)
+        if segment.checkpoint == depth - 1 and segment.fill is not None:
+            fill = cost_of(segment.fill.graph)
+    router = sum((router_cost_of(piece.graph) for piece in program.pieces()), PieceCost())
+    return first, router, rest, fill, cost_of(program.prologue.graph) + cost_of(program.epilogue.graph)
 
 
 @torch.no_grad()
@@ -153,17 +156,12 @@ def _trace(model: nn.Module, bank: RouterBank, config: TIDEConfig) -> tuple[Prog
     first = next(p for p in model.parameters() if p.is_floating_point())
     found = []
 
-    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+    def backend(gm: GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
         found.append(run(gm, lambda: settings_of_bank(bank, config, first.device, first.dtype)))
         return gm
 
-    text = model.config.get_text_config(decoder=True)
-    cache = StaticCache(config=text, max_cache_len=_CONTEXT)
+    cache = new_static_cache(model, 1, _CONTEXT)
     ids = torch.zeros(1, 1, dtype=torch.long, device=first.device)
-    shape = model._get_static_cache_init_shape()
-    if shape is not None:
-        cache.early_initialization(1, *shape, dtype=first.dtype, device=first.device)
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend, fullgraph=True)(input_ids=ids, past_key_values=cache)
-    torch._dynamo.reset()
+    # what torch.compile has made of the model before stays
+    torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)(input_ids=ids, past_key_values=cache)
     return found[0]

@@ -11,8 +11,9 @@ from tide_compile.kernels.compact import compact as chosen_rows
 from tide_compile.lowering.machine import measure_machine
 from tide_compile.passes.compact_rows import axis_of
 from tide_compile.passes.graph.compaction_cost import Work, work_of
-from tide_compile.passes.graph.cost import hint
-from tide_compile.passes.plan import Plan, Program
+from tide_compile.passes.graph.fx_tools import hint
+from tide_compile.passes.plan import Plan
+from tide_compile.passes.program import Program
 
 _MARGIN = 0.95  # a compact segment must be predicted to take less than this share of the masked one's time
 _FEWEST = 2  # compiled code takes sizes of 0 and 1 for constants
@@ -52,11 +53,11 @@ class CompactionPolicy:
         self._axis = axis_of(value)
         self._dtype = value.dtype
         rows = hint(value.shape[0]) * hint(value.shape[1])
-        suffix = ".compact"
-        self._work: dict[str, Work] = {
-            name.removesuffix(suffix): work_of(piece.graph, rows)
-            for name, piece in program.pieces.items()
-            if name.endswith(suffix)
+        self._names = [segment.plain.name for segment in program.segments]
+        self._work: dict[int, Work] = {
+            index: work_of(segment.compact.graph, rows)
+            for index, segment in enumerate(program.segments)
+            if segment.compact is not None
         }
 
     @property
@@ -81,7 +82,7 @@ class CompactionPolicy:
         chosen = self.rows(active, active.numel(), active.shape[1])
         return chosen[..., : max(_FEWEST, chosen.shape[-1] // 2)].contiguous()
 
-    def decide(self, segment: str, rows: Tensor, active: Tensor) -> CompactionDecision | None:
+    def decide(self, segment: int, rows: Tensor, active: Tensor) -> CompactionDecision | None:
         """None for a segment that has no compact form."""
         work = self._work.get(segment)
         if work is None:
@@ -90,4 +91,4 @@ class CompactionPolicy:
         total, kept = active.numel(), rows.numel()
         masked, compact = work.masked_seconds(total, device), work.compact_seconds(total, kept, device)
         pays = self._wish == "always" or compact < _MARGIN * masked
-        return CompactionDecision(segment, total, kept, masked, compact, work.left(total, kept), pays)
+        return CompactionDecision(self._names[segment], total, kept, masked, compact, work.left(total, kept), pays)

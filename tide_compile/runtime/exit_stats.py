@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-PADDING = -1
-
 
 @dataclass(slots=True)
 class ExitStats:

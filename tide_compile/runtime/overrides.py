@@ -8,19 +8,19 @@ from contextvars import ContextVar
 
 from tide_compile.config import TIDEConfig
 
-threshold_override: ContextVar[float | Mapping[int, float] | None] = ContextVar("tide_exit_threshold", default=None)
-rehearsing: ContextVar[bool] = ContextVar("tide_rehearsing", default=False)
+_threshold: ContextVar[float | Mapping[int, float] | None] = ContextVar("tide_exit_threshold", default=None)
+_rehearsing: ContextVar[bool] = ContextVar("tide_rehearsing", default=False)
 
 
 @contextmanager
 def rehearsal() -> Iterator[None]:
     """Inside, every call also runs the pieces that it does not need, which compiles them, and records
     no exits. What it writes into a cache is of no use."""
-    token = rehearsing.set(True)
+    token = _rehearsing.set(True)
     try:
         yield
     finally:
-        rehearsing.reset(token)
+        _rehearsing.reset(token)
 
 
 @contextmanager
@@ -37,8 +37,18 @@ def exit_threshold(value: float | Mapping[int, float]) -> Iterator[None]:
     by_layer = isinstance(value, Mapping)
     for each in value.values() if by_layer else [value]:
         TIDEConfig(exit_threshold=each)
-    token = threshold_override.set(dict(value) if by_layer else value)
+    token = _threshold.set(dict(value) if by_layer else value)
     try:
         yield
     finally:
-        threshold_override.reset(token)
+        _threshold.reset(token)
+
+
+def overridden_threshold() -> float | Mapping[int, float] | None:
+    """What ``exit_threshold`` says right now, if anything."""
+    return _threshold.get()
+
+
+def is_rehearsal() -> bool:
+    """Whether this is inside ``rehearsal``."""
+    return _rehearsing.get()

@@ -1,0 +1,101 @@
+"""dynamo: private names of Dynamo: compiled modules, the code that it made of them, and its guards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+from torch._dynamo.convert_frame import compile_lock
+from torch._dynamo.eval_frame import OptimizedModule
+
+NAMES = (
+    "torch._dynamo.convert_frame.compile_lock",
+    "torch._dynamo.eval_frame.OptimizedModule.__getattr__",
+    "torch._dynamo.eval_frame._get_cache_entries_for_region",
+    "torch._dynamo.eval_frame._stance.stance",
+    "torch._dynamo.eval_frame._stance.backend",
+    "torch._dynamo.mark_static",
+    "torch._dynamo.mark_dynamic",
+    "torch._dynamo.maybe_mark_dynamic",
+    "torch.nn.modules.module._has_any_global_hook",
+)
+
+__all__ = [
+    "GRAPH",
+    "NAMES",
+    "STATIC_INPUT",
+    "OptimizedModule",
+    "backend_name",
+    "code_with_guards",
+    "compile_lock",
+    "is_plain_call",
+    "mark_dynamic",
+    "mark_static",
+    "maybe_mark_dynamic",
+    "original_of",
+    "replace_attribute",
+]
+
+GRAPH = "__compiled_fn"  # how Dynamo names a graph in the code around it
+STATIC_INPUT = "_dynamo_static_input_type"  # its mark on tensors that stay where they are
+_OURS = "_tide"
+
+mark_dynamic, maybe_mark_dynamic = torch._dynamo.mark_dynamic, torch._dynamo.maybe_mark_dynamic
+mark_static = torch._dynamo.mark_static
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given, or ``module`` itself."""
+    return module._orig_mod if isinstance(module, OptimizedModule) else module
+
+
+def backend_name(compiled: OptimizedModule) -> str | None:
+    """The name of the backend that a module was compiled for."""
+    callback = getattr(compiled.dynamo_ctx, "callback", None)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return getattr(callback, "compiler_name", None)
+
+
+def replace_attribute(name: str, value_of: Callable[[OptimizedModule], object | None]) -> None:
+    """Let compiled modules have an attribute of their own where ``value_of`` them is not None, in the place of that of
+    the module inside; once per process."""
+    inherited = OptimizedModule.__getattr__
+    if getattr(inherited, _OURS, False):
+        return
+
+    @functools.wraps(inherited)
+    def getattr_(self: OptimizedModule, wanted: str) -> object:
+        found = value_of(self) if wanted == name else None
+        return inherited(self, wanted) if found is None else found
+
+    setattr(getattr_, _OURS, True)
+    OptimizedModule.__getattr__ = getattr_
+
+
+def code_with_guards(
+    compiled: OptimizedModule, function: FunctionType
+) -> Iterator[tuple[CodeType, Callable[[dict[str, object]], bool]]]:
+    """What Dynamo has made of a function for a compiled module: code, and its guards as a function of the local
+    variables of a frame. The module was compiled with ``isolate_recompiles``."""
+    region = compiled.dynamo_ctx._isolate_recompiles_id
+    for entry in eval_frame._get_cache_entries_for_region(function.__code__, region):
+        yield entry.code, entry.guard_manager.check
+
+
+def is_plain_call(model: nn.Module) -> bool:
+    """Whether a call of the model is its class's ``forward`` and nothing else, and Dynamo is to run it."""
+    hooks = model._forward_hooks or model._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook()
+    own = "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__
+    stance = eval_frame._stance
+    return not hooks and not own and stance.stance == "default" and stance.backend is None
+
+
+def copy_mark(tensor: Tensor, alias: Tensor) -> None:
+    """Let an alias be known to stay where it is if ``tensor`` is."""
+    if hasattr(tensor, STATIC_INPUT):
+        setattr(alias, STATIC_INPUT, getattr(tensor, STATIC_INPUT))
