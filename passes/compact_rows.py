@@ -13,11 +13,12 @@ from torch.fx.node import map_arg
 
 from tide_compile.passes.aten.gemm_forms import FEW_ROWS
 from tide_compile.passes.frozen_states import add_frozen_states
+from tide_compile.passes.graph.axis import Axis
 from tide_compile.passes.graph.compaction_cost import FLOPS, KEYS, MOVED, keys_of
 from tide_compile.passes.graph.cost import flops_of
 from tide_compile.passes.graph.fx_tools import add_placeholder, mutated_arguments, remove_dead, storage_of, value_of
 from tide_compile.passes.graph.retrace import retrace
-from tide_compile.passes.graph.row_rules import ATTENTION, Axis, Call, call_on_rows, whole_operands
+from tide_compile.passes.graph.row_rules import ATTENTION, Call, call_on_rows, whole_operands
 from tide_compile.passes.graph.structure_key import structure_key
 from tide_compile.passes.mask_rows import with_running_rows
 from tide_compile.passes.plan import Plan
@@ -265,7 +266,7 @@ class _Rewriter:
         """The indices into [B * S]."""
         size = [self._call(aten.sym_size.int, self.all[self.frozen], d) for d in (0, 1)]
         device = value_of(self.frozen).device
-        starts = self._call(aten.arange.start_step, 0, self._call(_product, *size), size[1], device=device)
+        starts = self._call(aten.arange.start_step, 0, self._call(operator.mul, *size), size[1], device=device)
         starts = self._call(aten.unsqueeze.default, starts, -1)
         return self._call(aten.reshape.default, self._call(aten.add.Tensor, self.all[self.rows], starts), [-1])
 
@@ -280,7 +281,3 @@ class _Rewriter:
 
     def _call(self, target: object, *args: object, **kwargs: object) -> Node:
         return self.graph.call_function(target, args, kwargs)
-
-
-def _product(a: int, b: int) -> int:
-    return a * b

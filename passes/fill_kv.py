@@ -13,7 +13,7 @@ from tide_compile.passes.frozen_states import add_frozen_states
 from tide_compile.passes.graph.fx_tools import output_nodes, remove_dead
 from tide_compile.passes.kv_sources import find_kv_sources, zero_all
 from tide_compile.passes.plan import Plan
-from tide_compile.passes.program import HIDDEN, Piece, Program, fill_name
+from tide_compile.passes.program import HIDDEN, KEPT, Piece, Program, fill_name
 
 
 def fill_kv(program: Program, plan: Plan) -> Program:
@@ -88,6 +88,6 @@ def _fill(piece: Piece, plan: Plan, segment: int) -> Piece:
         if node.name in behind:
             node.replace_all_uses_with(behind[node.name])
     output, nodes = graph.output_node(), output_nodes(graph)
-    kept = [i for i, name in enumerate(piece.outputs) if name == HIDDEN or not name.startswith("tide_")]
+    kept = [i for i, name in enumerate(piece.outputs) if name == HIDDEN or name not in KEPT]
     output.args = (tuple(nodes[i] for i in kept),)
     return replace(piece, outputs=tuple(piece.outputs[i] for i in kept))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import networkx as nx
 from torch.fx import Graph, GraphModule, Node
 
@@ -26,8 +28,8 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
         BoundaryNotUniqueError: names the values that cross.
         LayersSplitError: nothing follows the last layer, or nothing enters the first.
     """
-    layers = plan.layers
-    graph, owner = gm.graph, layer_of_nodes(gm.graph, layers)
+    layers, graph = plan.layers, gm.graph
+    owner = layer_of_nodes(graph, layers)
     crossing = [_crossing(graph, owner, layer) for layer in range(len(layers))]
     if not crossing[-1]:
         raise LayersSplitError(
@@ -37,34 +39,52 @@ def find_boundaries(gm: GraphModule, plan: Plan) -> dict[str, Boundaries | bool]
         )
     shapes = set.intersection(*({shape_of(n) for n in values} for values in crossing))
     entering = _entering(graph, owner, shapes, layers)
-    behind = {entering, *(n for n in graph.nodes if owner[n] >= 0)}
-    flow = nx.DiGraph((n, u) for n in behind for u in n.users if u in behind and u.op != "output")
-    flow = flow.subgraph({entering} | nx.descendants(flow, entering))
-    written = {storage_of(a) for n in graph.nodes for a in mutated_arguments(n)} - {None}
-    free = {n for n in owner if n not in flow and not mutated_arguments(n) and storage_of(n) not in written}
-
-    leaving, hoisted, carried = [], set(), set()
+    flow = _flow_from(entering, owner)
+    free = _free_of(flow, owner)
+    movable = {n for n in {v for values in crossing for v in values} if _comes_before(n, owner) <= free}
+    leaving, carried = [], set()
     for layer, values in enumerate(crossing):
-        movable = {n for n in values if all(a in free for a in ancestors(n, lambda a: owner[a] < 0))}
-        hoisted |= movable
-        rest = [n for n in values if n not in movable]
-        alike = [n for n in rest if shape_of(n) == shape_of(entering)]
-        if len(alike) != 1:
-            named = ", ".join(f"{n.name} [{', '.join(shape_of(n))}]" for n in rest) or "nothing"
-            raise BoundaryNotUniqueError(
-                f"after layer {layer} of {layers.prefix!r} exactly one hidden state [{', '.join(shape_of(entering))}] "
-                f"should be used later on, but these are: {named}. Exits are not possible there; pass "
-                "options={'fallback': 'inductor'} to compile this model without them."
-            )
-        leaving += alike
-        carried |= set(rest) - set(alike)
+        stays = [n for n in values if n not in movable]
+        leaving.append(_state_among(stays, entering, layer, layers))
+        carried |= {n for n in stays if n is not leaving[-1]}
     _check_dominance(flow.subgraph(set(flow) - carried), entering, leaving, layers)
     _check_not_overwritten(owner, [entering, *leaving], layers)
-    moved = {n.name for h in hoisted for n in ancestors(h, lambda a: owner[a] < 0) if owner[n] >= 0}
+    hoisted = frozenset(n.name for m in movable for n in _comes_before(m, owner) if owner[n] >= 0)
     return {
-        "boundaries": Boundaries(entering.name, value_of(entering), tuple(n.name for n in leaving), frozenset(moved)),
+        "boundaries": Boundaries(entering.name, value_of(entering), tuple(n.name for n in leaving), hoisted),
         "single_row": shape_of(entering)[:2] == ("1", "1"),
     }
+
+
+def _flow_from(entering: Node, owner: Mapping[Node, int]) -> nx.DiGraph:
+    """Everything that the layers and what follows them compute from a value."""
+    behind = {entering, *(n for n, layer in owner.items() if layer >= 0)}
+    flow = nx.DiGraph((n, u) for n in behind for u in n.users if u in behind and u.op != "output")
+    return flow.subgraph({entering} | nx.descendants(flow, entering))
+
+
+def _free_of(flow: nx.DiGraph, owner: Mapping[Node, int]) -> set[Node]:
+    """Nodes that depend on no hidden state and neither write to memory nor share any that is written."""
+    written = {storage_of(a) for n in owner for a in mutated_arguments(n)} - {None}
+    return {n for n in owner if n not in flow and not mutated_arguments(n) and storage_of(n) not in written}
+
+
+def _comes_before(node: Node, owner: Mapping[Node, int]) -> set[Node]:
+    """A node and what it is computed from, down to what is there before layer 0."""
+    return set(ancestors(node, lambda n: owner[n] < 0))
+
+
+def _state_among(values: list[Node], entering: Node, layer: int, layers: Layers) -> Node:
+    """The one value like the hidden state."""
+    alike = [n for n in values if shape_of(n) == shape_of(entering)]
+    if len(alike) == 1:
+        return alike[0]
+    named = ", ".join(f"{n.name} [{', '.join(shape_of(n))}]" for n in values) or "nothing"
+    raise BoundaryNotUniqueError(
+        f"after layer {layer} of {layers.prefix!r} exactly one hidden state [{', '.join(shape_of(entering))}] "
+        f"should be used later on, but these are: {named}. Exits are not possible there; pass "
+        "options={'fallback': 'inductor'} to compile this model without them."
+    )
 
 
 def _crossing(graph: Graph, owner: dict[Node, int], layer: int) -> list[Node]:

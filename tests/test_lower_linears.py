@@ -13,7 +13,8 @@ from tests.support.compare import assert_close
 from tests.support.models import SETTINGS, prompt, tiny
 from tests.test_passes import capture
 from tide_compile import TIDE, TIDEConfig, packed_bytes
-from tide_compile.kernels.cpu.linear import can_multiply, template_linear
+from tide_compile.kernels.cpu.linear import template_linear
+from tide_compile.kernels.cpu.onednn import can_multiply
 from tide_compile.kernels.cpu.packed_weights import drop_packed
 from tide_compile.lowering import lower as lowering
 from tide_compile.passes.aten.gemm_forms import (

@@ -19,6 +19,16 @@ from torch._inductor.virtualized import V
 
 import tide_compile.kernels.cpu.linear  # noqa: F401 (defines the operators)
 
+NAMES = (
+    "torch._inductor.codegen.cpp_gemm_template.CppGemmTemplate.add_choices",
+    "torch._inductor.codegen.cpp_gemm_template.CppGemmTemplate.block_weight",
+    "torch._inductor.codegen.cpp_gemm_template.CppGemmTemplate.pack_vnni_weight",
+    "torch._inductor.codegen.cpp_micro_gemm.create_micro_gemm",
+    "torch._inductor.codegen.cpp_utils.get_gemm_template_output_and_compute_dtype",
+    "torch._inductor.lowering.register_lowering",
+    "torch._inductor.select_algorithm.autotune_select_algorithm",
+)
+
 _INTERLEAVED = {LayoutType.NORMAL: 1, LayoutType.VNNI2: 2, LayoutType.VNNI4: 4}
 
 

@@ -11,22 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tide_compile.kernels.cpu.onednn import multiply, reordered
 from tide_compile.kernels.cpu.packed_weights import copy_of
 
 log = logging.getLogger("tide_compile")
 
-_SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-
-
-def can_multiply(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there, and this processor has instructions for products in ``dtype``."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype in _SUPPORT and getattr(torch.ops.mkldnn, _SUPPORT[dtype])())
-
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] times the transpose of a weight [N, K], both in a dtype that ``can_multiply``."""
+    """x [M, K] times the transpose of a weight [N, K], both in a dtype that oneDNN ``can_multiply``."""
     return torch.ops.tide.linear.default(x, weight)
 
 
@@ -41,12 +33,8 @@ def template_linear(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.ops.tide.template_linear.default(x, weights)
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
 def _packed_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
-    return _linear(x, copy_of(weights, "onednn", torch.ops.mkldnn._reorder_linear_weight))
+    return multiply(x, copy_of(weights, "onednn", reordered))
 
 
 def _template_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -71,7 +59,7 @@ def _one_beside_the_other(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 _library = torch.library.Library("tide", "FRAGMENT")
 for _schema, _run, _fake in (
-    ("linear(Tensor x, Tensor weight)", _linear, lambda x, weight: x.new_empty(x.shape[0], weight.shape[0])),
+    ("linear(Tensor x, Tensor weight)", multiply, lambda x, weight: x.new_empty(x.shape[0], weight.shape[0])),
     ("packed_linear(Tensor x, Tensor[] weights)", _packed_linear, _one_beside_the_other),
     ("template_linear(Tensor x, Tensor[] weights)", _template_linear, _one_beside_the_other),
     (

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tide_compile.kernels.cpu.onednn import bytes_of
+
 _copies: MutableMapping[Tensor, dict[tuple, _Copy]] = WeakTensorKeyDictionary()  # of the first weight of each
 
 
 def packed_bytes() -> int:
     """Bytes of all copies of weights that there are in this process, see ``TIDEConfig.pack_weights``."""
     found = [each.copy for copies in list(_copies.values()) for each in list(copies.values())]
-    return sum(torch.ops.mkldnn._nbytes(copy) if copy.is_mkldnn else copy.nbytes for copy in found)
+    return sum(map(bytes_of, found))
 
 
 def drop_packed() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import triton
 
+from tide_compile.torch_internals.switches import autotunes
+
 INTERPRETED = triton.knobs.runtime.interpret  # what triton.jit saw: the decorator looks at it once, at import
-FIXED = INTERPRETED or os.environ.get("TIDE_AUTOTUNE") == "0"
+FIXED = INTERPRETED or not autotunes()
 
 
 def tuned(

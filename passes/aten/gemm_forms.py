@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from tide_compile.kernels.cpu.linear import can_multiply, linear, packed_linear, template_linear
+from tide_compile.kernels.cpu.linear import linear, packed_linear, template_linear
+from tide_compile.kernels.cpu.onednn import can_multiply
 from tide_compile.kernels.few_rows import FEW_ROWS
 from tide_compile.passes.graph.fx_tools import value_of
 from tide_compile.torch_internals.fx import LINEAR

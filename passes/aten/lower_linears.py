@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from tide_compile.kernels.cpu.linear import can_multiply
+from tide_compile.kernels.cpu.onednn import can_multiply
 from tide_compile.passes.aten.gemm_forms import ALONE, TOGETHER, Form, Linears, part_size, rows_like, stream
 from tide_compile.passes.aten.hash_of_sources import hash_of_sources
 from tide_compile.passes.graph.fx_tools import insert_traced, replace_traced

@@ -15,28 +15,11 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from tide_compile.passes.graph.axis import Axis, axis_after_view
 from tide_compile.passes.graph.fx_tools import value_of
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """Where rows are: ``row`` is their dimension and ``batch`` that of the sequences they belong to; None when all
-    sequences have the same rows. Both are equal where a view has merged them to [B * S]."""
-
-    row: int
-    batch: int | None = None
-
-    def moved(self, where: Callable[[int], int]) -> Axis:
-        """The same rows in a value whose dimension ``where(d)`` is this one's dimension ``d``."""
-        return Axis(where(self.row), None if self.batch is None else where(self.batch))
-
-    @property
-    def dims(self) -> set[int]:
-        """The dimensions that tell rows apart."""
-        return {self.row} | ({self.batch} - {None})
 
 
 Rule = Callable[[Node, dict[Node, Axis]], "Call | None"]
@@ -164,7 +147,7 @@ def _reduction(node: Node, axes: dict[Node, Axis]) -> Call | None:
 
 def _reshape(node: Node, axes: dict[Node, Axis]) -> Call | None:
     source = node.args[0]
-    axis = _axis_after_view(value_of(source).shape, value_of(node).shape, axes[source])
+    axis = axis_after_view(value_of(source).shape, value_of(node).shape, axes[source])
     if axis is None:
         return None
     sizes = list(node.args[1]) if len(node.args) > 1 and isinstance(node.args[1], list | tuple) else [None]
@@ -175,49 +158,6 @@ def _reshape(node: Node, axes: dict[Node, Axis]) -> Call | None:
     merged = axis.row == axis.batch
     sizes[axis.row] = -1 if merged and -1 not in sizes[: axis.row] + sizes[axis.row + 1 :] else None
     return None if merged and sizes[axis.row] is None else Call(axis, {source: axes[source]}, tuple(sizes))
-
-
-def _axis_after_view(before: torch.Size, after: torch.Size, axis: Axis) -> Axis | None:
-    """Where rows are after a view: at the dimension of their size that has as many elements in front of it."""
-    if axis.batch is None:
-        row = _same_place(before, after, axis.row)
-        return None if row is None else Axis(row)
-    batch = _same_place(before, after, axis.batch)
-    if axis.batch != axis.row:
-        row = _same_place(before, after, axis.row)
-        if row is not None and batch is not None:
-            return Axis(row, batch)
-        if axis.row == axis.batch + 1:  # [B, S] -> [B * S]
-            merged = (*before[: axis.batch], before[axis.batch] * before[axis.row], *before[axis.row + 1 :])
-            place = _same_place(merged, after, axis.batch)
-            return None if place is None else Axis(place, place)
-        return None
-    if batch is not None:
-        return Axis(batch, batch)
-    for place in range(len(after) - 1):  # [B * S] -> [B, S]
-        merged = (*after[:place], after[place] * after[place + 1], *after[place + 2 :])
-        if _same_place(before, merged, axis.row) == place and not _is_one(after[place + 1]):
-            return Axis(place + 1, place)
-    return None
-
-
-def _is_one(size: object) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _same_place(before: tuple, after: tuple, dim: int) -> int | None:
-    front = _product(before[:dim])
-    for place, size in enumerate(after):
-        if statically_known_true(size == before[dim]) and statically_known_true(_product(after[:place]) == front):
-            return place
-    return None
-
-
-def _product(sizes: tuple) -> object:
-    result = 1
-    for size in sizes:
-        result = result * size
-    return result
 
 
 def _expand(node: Node, axes: dict[Node, Axis]) -> Call | None:

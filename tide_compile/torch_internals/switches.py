@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 TRICKS = {
     "guard_skipping": "tokens of a generate run without evaluating Dynamo's guards again",
-    "graph_replay": "from the third token of a kind on, Dynamo's graph runs without the code around it",
+    "graph_replay": "after two tokens of a kind, Dynamo's graph runs without the code around it",
     "compiled_generate": "torch.compile(model, backend='tide').generate runs the compiled model",
     "buffer_reuse": "Inductor's generated code is rewritten to keep its small temporaries",
     "prewarm": "Inductor's compiler and headers are made ready while Dynamo traces",
