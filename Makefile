@@ -1,4 +1,4 @@
-# make demo, make test: everything from an empty machine with Python 3.11+.
+# make demo, make test: everything from an empty machine with Python 3.11+ and a C++ compiler.
 # TORCH=torch takes the newest build instead (on Linux: with CUDA, several GB).
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -29,7 +29,8 @@ bench: install
 
 docs: install  ## the API, from the docstrings, as HTML in site/
 	$(PYTHON) -m pip install -q -e ".[docs]"
-	$(PYTHON) -m pdoc --docformat google -o site tide_compile tide_compile.certify tide_compile.errors tide_compile.passes
+	$(PYTHON) -m pdoc --docformat google -o site tide_compile tide_compile.thresholds.certify tide_compile.errors \
+		tide_compile.passes tide_compile.metrics
 
 lint: install
 	$(PYTHON) -m pip install -q ruff
