@@ -10,7 +10,8 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():  # a checkout, editable or bare: passes/ and kernels/ lie beside this folder
     __path__.append(str(_root))
 
-from tide_compile.calibration.calibrate import calibrate  # noqa: E402  (needs __path__)
+from tide_compile import compat  # noqa: E402  (needs __path__)
+from tide_compile.calibration.calibrate import calibrate  # noqa: E402
 from tide_compile.calibration.synthetic import synthetic_routers  # noqa: E402
 from tide_compile.config import TIDEConfig  # noqa: E402
 from tide_compile.generation.compiled_generate import install  # noqa: E402
@@ -27,6 +28,8 @@ from tide_compile.runtime.overrides import exit_threshold  # noqa: E402
 from tide_compile.runtime.piece_times import record_times  # noqa: E402
 
 install()  # torch.compile imports this package when it looks the backend up
+compat.install()
+RouterBank.synthetic = staticmethod(synthetic_routers)  # its public name of before
 
 __version__ = "0.1.0"
 __all__ = [

@@ -35,7 +35,9 @@ def test_names_are_there(module):
 
 
 def test_a_name_that_is_gone_is_seen():
-    assert missing(["torch._inductor.compile_fx.compile_fx", "torch._inductor.compile_fx.nothing", "torch.nowhere.x"]) == [
+    assert missing(
+        ["torch._inductor.compile_fx.compile_fx", "torch._inductor.compile_fx.nothing", "torch.nowhere.x"]
+    ) == [
         "torch._inductor.compile_fx.nothing",
         "torch.nowhere.x",
     ]
@@ -62,8 +64,12 @@ def test_names_are_used_nowhere_else(path):
 
 def test_private_names_are_seen():
     """The test above would be worth nothing if it could not fail."""
-    code = "import torch\nfrom torch._inductor import ir\nfrom torch.fx.graph import _x\ntorch._C._nn.linear(m._orig_mod)"
-    assert {"torch._inductor.ir", "torch.fx.graph._x", "torch._C._nn.linear", "torch.?._orig_mod"} <= private_names(code)
+    code = (
+        "import torch\nfrom torch._inductor import ir\nfrom torch.fx.graph import _x\ntorch._C._nn.linear(m._orig_mod)"
+    )
+    assert {"torch._inductor.ir", "torch.fx.graph._x", "torch._C._nn.linear", "torch.?._orig_mod"} <= private_names(
+        code
+    )
 
 
 def test_a_torch_that_was_not_checked(monkeypatch, caplog):

@@ -53,10 +53,10 @@ def settings_of_bank(bank: RouterBank, config: TIDEConfig, device: torch.device,
         RouterFileError: it lacks a part.
         CheckpointError: none of its routers is where the config permits a checkpoint.
     """
-    projects = _projects(bank, config)
+    projects, leads_on = _projects(bank, config), _leads_on(bank, config)
     thresholds = _thresholds(bank, config)
     checkpoints, segment_length = _checkpoints(bank, config, thresholds)
-    shortcuts = _shortcuts(bank, config, checkpoints)
+    shortcuts = _shortcuts(bank, checkpoints) if leads_on else {}
     missing = sorted(set(checkpoints) - set(bank.projections)) if projects else []
     if missing:
         raise RouterFileError(f"these routers lack the exit projections of layers {missing}. Calibrate again.")
@@ -96,6 +96,16 @@ def _projects(bank: RouterBank, config: TIDEConfig) -> bool:
             f"{bank.exit_strategy!r}: calibrate with exit_strategy={config.exit_strategy!r}."
         )
     return bool(bank.projections) and config.exit_strategy != "identity"
+
+
+def _leads_on(bank: RouterBank, config: TIDEConfig) -> bool:
+    """Whether the bank's shortcuts lead the states of tokens that have left past the layers they skip."""
+    if config.kv_cache_strategy == "shortcut" and not bank.shortcuts:
+        raise ConfigError(
+            "kv_cache_strategy='shortcut' needs shortcuts, and these routers have none: calibrate again, or choose "
+            "'propagate'."
+        )
+    return bool(bank.shortcuts) and config.kv_cache_strategy in ("auto", "shortcut")
 
 
 def _thresholds(bank: RouterBank, config: TIDEConfig) -> dict[int, float]:
@@ -142,16 +152,9 @@ def _router_tensors(
     return {"threshold": torch.tensor(threshold, dtype=torch.float32, device=device), **moved}
 
 
-def _shortcuts(bank: RouterBank, config: TIDEConfig, checkpoints: Sequence[int]) -> dict[int, Projection]:
+def _shortcuts(bank: RouterBank, checkpoints: Sequence[int]) -> dict[int, Projection]:
     """Those that tokens which leave at these checkpoints need."""
-    if config.kv_cache_strategy not in ("auto", "shortcut"):
-        return {}
-    if config.kv_cache_strategy == "shortcut" and not bank.shortcuts:
-        raise ConfigError(
-            "kv_cache_strategy='shortcut' needs shortcuts, and these routers have none: calibrate again, or choose "
-            "'propagate'."
-        )
-    needed = range(min(checkpoints, default=bank.num_layers) + 1, bank.num_layers - 1) if bank.shortcuts else ()
+    needed = range(min(checkpoints, default=bank.num_layers) + 1, bank.num_layers - 1)
     missing = sorted(set(needed) - set(bank.shortcuts))
     if missing:
         raise RouterFileError(f"these routers lack the shortcuts of layers {missing}. Calibrate again.")
