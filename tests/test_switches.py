@@ -66,7 +66,7 @@ def test_names(monkeypatch):
     assert TIDEConfig(disable=["prewarm", "graph_replay"]).tricks == set(TRICKS) - {"prewarm", "graph_replay"}
     assert TIDEConfig(disable="all").tricks == set() and TIDEConfig().tricks == set(TRICKS)
     for wrong in ("graph_reply", ["prewarm", "graph_reply"]):
-        with pytest.raises(ConfigError, match="'graph_reply'.*choose from all, guard_skipping"):
+        with pytest.raises(ConfigError, match=r"'graph_reply'.*choose from all, guard_skipping"):
             TIDEConfig(disable=wrong)
     with pytest.raises(ConfigError, match="give names"):
         TIDEConfig(disable=5)
