@@ -9,9 +9,9 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria
 import tide_compile
 from tests.families.configs import build
 from tests.support.compare import assert_close, check, threshold_between
+from tests.support.graphs import capture, decode_graph, passes
+from tests.support.graphs import settings as plan_settings
 from tests.support.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
-from tests.test_passes import capture, decode_graph, passes
-from tests.test_passes import settings as plan_settings
 from tide_compile import TIDE, RouterBank, TIDEConfig, synthetic_routers
 from tide_compile.errors import ConfigError
 from tide_compile.passes.graph.cost import Device

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from tests.support.graphs import decode_graph, passes, settings
 from tests.support.models import HIDDEN, LAYERS, logits_of, prompt, tiny
-from tests.test_passes import decode_graph, passes, settings
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.generation.finished_rows import FinishedRows
 from tide_compile.lowering import compile_piece as compiled

@@ -10,8 +10,8 @@ from transformers import StaticCache
 
 from tests.support.aten_graphs import compiled_with, random
 from tests.support.compare import assert_close
+from tests.support.graphs import capture
 from tests.support.models import SETTINGS, prompt, tiny
-from tests.test_passes import capture
 from tide_compile import TIDE, TIDEConfig, packed_bytes
 from tide_compile.kernels.cpu.linear import can_multiply, template_linear
 from tide_compile.kernels.cpu.packed_weights import drop_packed

@@ -13,7 +13,6 @@ from tests.support.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.cli import app
 from tide_compile.errors import ConfigError
-from tide_compile.lowering import measure_forms as tuning
 from tide_compile.passes.graph.cost import Device, PieceCost
 from tide_compile.planning.forecast import CostModel, find_device, predict_costs
 from tide_compile.planning.frontier import choose
