@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.calibration.test_calibrate import CONFIG, run, texts
 from tests.support.models import HIDDEN, LAYERS, shortcuts, tiny
-from tests.test_calibrate import CONFIG, run, texts
 from tide_compile import RouterBank, TIDEConfig, eager_reference, synthetic_routers
 from tide_compile.calibration import distil_shortcuts as refine
 from tide_compile.calibration.fit_maps import fit_shortcut

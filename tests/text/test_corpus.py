@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tests.calibration.test_calibrate import Characters, run, texts
 from tests.support.models import VOCABULARY, tiny
-from tests.test_calibrate import Characters, run, texts
 from tide_compile.errors import CalibrationDataError
 from tide_compile.text import corpus as corpus_module
 from tide_compile.text.corpus import Corpus
