@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tide_compile
-from tests.calibration.test_calibrate import Characters, texts
+from tests.support.calibration import Characters, texts
 from tests.support.compare import check, threshold_between
 from tests.support.models import FEW, prompt, tiny
 from tide_compile import TIDEConfig, calibrate

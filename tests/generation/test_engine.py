@@ -1,7 +1,6 @@
-"""The engine, the generate trap and the statistics, on a tiny model with uncompiled pieces."""
+"""The engine, on a tiny model with uncompiled pieces."""
 
 import copy
-import logging
 import threading
 
 import pytest
@@ -13,7 +12,6 @@ import tide_compile
 from tests.support.compare import assert_close
 from tests.support.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
-from tide_compile.errors import ConfigError, GradEnabledError, LayersNotFoundError, UnknownOptionError
 
 DEPTH = FEW  # of the fixtures' model: what is tested here is around the layers
 
@@ -122,94 +120,6 @@ def test_pipeline(model, bank):
     assert len(texts) == 2 and stats.exit_rate == 1
 
 
-def test_the_trap(model, bank):
-    """``torch.compile(model, backend="tide").generate`` reaches the backend; other backends are left alone."""
-    options = {"router": bank, "exit_threshold": 0.0, **SETTINGS}
-    compiled = torch.compile(model, backend="tide", options=options)
-    with tide_compile.record_exits() as stats:
-        out = compiled.generate(prompt(1)[0], cache_implementation="static", **GENERATE)
-    del compiled
-    with tide_compile.record_exits() as stats:
-        torch.compile(model, backend="tide", options=options).generate(prompt(1)[0], **GENERATE)  # held by nobody
-    assert stats.exit_rate == 1
-    assert stats.total_tokens == 9 + 5 and stats.exit_rate == 1
-    stock = torch.compile(model, backend="eager")
-    with tide_compile.record_exits() as stats:
-        stock.generate(prompt(1)[0], **GENERATE)
-    assert stats.total_tokens == 0
-    model.compile(backend="tide", options=options)
-    with tide_compile.record_exits() as stats:
-        again = model.generate(prompt(1)[0], cache_implementation="static", **GENERATE)
-    assert stats.exit_rate == 1 and torch.equal(out, again)
-
-
-def test_gradients(model, bank):
-    compiled = torch.compile(model, backend="tide", options={"router": bank, **SETTINGS})
-    with pytest.raises(GradEnabledError, match=r"torch\.no_grad"):
-        compiled(prompt(1)[0])
-    with torch.inference_mode():
-        compiled(prompt(1)[0])
-
-
-def test_options(model):
-    def run(**options):
-        with torch.no_grad():
-            torch.compile(model, backend="tide", options=options)(prompt(1)[0])
-
-    with pytest.raises(UnknownOptionError, match=r"'exit_treshold'. Did you mean 'exit_threshold'\?"):
-        run(exit_treshold=0.5)
-    for bad in ({"exit_threshold": 1.5}, {"min_layers": 0}, {"kv_cache_strategy": "guess"}, {"router": 5}):
-        with pytest.raises(ConfigError, match=next(iter(bad))):
-            run(**bad)
-
-
-def test_fallback_is_asked_for_and_logged(caplog):
-    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with torch.no_grad():
-        with pytest.raises(LayersNotFoundError):
-            torch.compile(net, backend="tide")(torch.ones(2, 4))
-        options = {"fallback": "inductor"}
-        with caplog.at_level(logging.WARNING, "tide_compile"):
-            out = torch.compile(net, backend="tide", options=options)(torch.ones(2, 4))
-    assert_close(out, net(torch.ones(2, 4)).detach())
-    assert "TIDE is off for this graph" in caplog.text
-
-
-def test_two_models_keep_their_routers():
-    """Dynamo runs one model's code for another of the same shape; the routers must not come along."""
-    models = [tiny("rmsnorm-rope-gqa"), tiny("rmsnorm-rope-gqa", seed=1)]
-    depths = []
-    for seed, model in enumerate(models):
-        bank = RouterBank.untrained(HIDDEN, LAYERS, layers=[1], seed=seed)
-        bank.routers[1].up.weight.data.fill_(50.0 if seed else -50.0)
-        bank.routers[1].down.weight.data.abs_()
-        bank.norm.bias = torch.ones(HIDDEN)  # silu of something positive: the score is 1 or 0
-        tide_compile.attach(model, bank)
-        compiled = torch.compile(model, backend="tide", options={"exit_threshold": 0.5, **SETTINGS})
-        with torch.no_grad(), tide_compile.record_exits() as stats:
-            compiled(prompt(1)[0], use_cache=False)
-        depths.append(stats.mean_depth)
-    assert depths[0] > depths[1]
-
-
-def test_threads_have_their_own_statistics(model, bank):
-    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
-    engine(prompt(1)[0])
-    totals = []
-
-    def work(batch):
-        with tide_compile.record_exits() as stats:
-            engine(prompt(batch)[0])
-        totals.append(stats.total_tokens)
-
-    threads = [threading.Thread(target=work, args=(1,)) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert totals == [9, 9, 9]
-
-
 def test_generate_from_threads(model, bank):
     """There is one cache: calls that ran at once would write over each other's keys."""
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.5, **SETTINGS))
@@ -268,48 +178,3 @@ def test_inference_mode_and_embeddings(model, bank):
     embeddings = model.get_input_embeddings()(ids).detach()
     new = engine.generate(inputs_embeds=embeddings, attention_mask=mask, **GENERATE)
     assert torch.equal(new, out[:, ids.shape[1] :])
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_layers_are_not_run(batch, monkeypatch):
-    """The promise: once every row has left, no later layer runs, in prompts, batches and decoding."""
-    from tide_compile.runtime import executor
-
-    ran = []
-    original = executor._Call.__call__
-    monkeypatch.setattr(executor._Call, "__call__", lambda self, env: (ran.append(self), original(self, env))[1])
-    built = []
-    monkeypatch.setattr(executor.Executor, "_bind", _noting(executor.Executor._bind, built))
-    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
-    engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, min_layers=2, checkpoint_interval=1, lowering="eager"))
-    engine.generate(*prompt(batch)[:1], **GENERATE)
-    assert len({id(e) for e in built}) == 2  # prompt, decoding
-    for segments in (e._segments for e in built):
-        assert segments[0].plain in ran and segments[1].plain in ran
-        assert segments[1].fill in ran
-        for segment in segments[2:]:
-            assert segment.fill not in ran
-            assert segment.plain not in ran and (segment.masked is None or segment.masked not in ran)
-
-
-def _noting(method, seen):
-    def noting(self, *args):
-        seen.append(self)
-        return method(self, *args)
-
-    return noting
-
-
-def test_summary():
-    """The reference's lines, then depth."""
-    stats = tide_compile.ExitStats()
-    stats.add(32, {7: 23, 11: 31, 15: 18}, 28)
-    assert stats.summary().splitlines() == [
-        "Total tokens: 100, Exited: 72 (72.0%)",
-        "  Layer 7: 23 exits (23.0%)",
-        "  Layer 11: 31 exits (31.0%)",
-        "  Layer 15: 18 exits (18.0%)",
-        "  Ran all layers: 28",
-        "  Mean depth: 17.4 of 32 layers, 45.6% saved",
-    ]
-    assert tide_compile.ExitStats().summary().startswith("Total tokens: 0, Exited: 0 (0.0%)")

@@ -4,20 +4,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache, StoppingCriteria
+from transformers import DynamicCache, StaticCache
 
 import tide_compile
 from tests.families.configs import build
 from tests.support.compare import assert_close, check, threshold_between
 from tests.support.graphs import capture, decode_graph, passes
 from tests.support.graphs import settings as plan_settings
-from tests.support.models import CACHES, CONFIGS, GENERATE, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
-from tide_compile import TIDE, RouterBank, TIDEConfig, synthetic_routers
-from tide_compile.errors import ConfigError
-from tide_compile.passes.graph.cost import Device
-from tide_compile.runtime.compaction_policy import CompactionPolicy
+from tests.support.models import CACHES, COMPACT, CONFIGS, HIDDEN, LAYERS, VOCABULARY, prompt, shortcuts, tiny
+from tide_compile import RouterBank, TIDEConfig, synthetic_routers
 
-CHOSEN = {"min_layers": 1, "checkpoint_interval": 1, "compaction": "always", "compaction_threshold": 0.0}
 CASES = st.fixed_dictionaries(
     {
         "name": st.sampled_from(list(CONFIGS)),
@@ -66,11 +62,11 @@ def sweep(case):
     bank = synthetic_routers(model, ids, {case["layer"]: share}, attention_mask=mask, seed=case["seed"])
     bank.shortcuts = shortcuts()
     common = {"lowering": "eager", "kv_cache_strategy": case["strategy"]}
-    with tide_compile.eager_reference(model, bank, TIDEConfig(**CHOSEN, **common)) as reference:
+    with tide_compile.eager_reference(model, bank, TIDEConfig(**COMPACT, **common)) as reference:
         want = run(model, model, ids, mask, case["cache"])
     for compaction in ("always", "never"):
         torch._dynamo.reset()
-        options = {"router": bank, **CHOSEN, **common, "compaction": compaction}
+        options = {"router": bank, **COMPACT, **common, "compaction": compaction}
         compiled = torch.compile(model, backend="tide", options=options)
         with tide_compile.record_exits(per_token=True) as stats:
             got = run(model, compiled, ids, mask, case["cache"])
@@ -98,20 +94,20 @@ def test_compact_equals_masked_equals_reference_in_many_cases(case):
     sweep(case)
 
 
-@pytest.mark.slow  # test_lowering.py compiles rows that are left out, too
+@pytest.mark.slow  # generation/test_warmup.py compiles rows that are left out, too
 @pytest.mark.parametrize(("cache", "batch"), [("static", 1), ("static", 4), ("none", 4)])
 def test_inductor(cache, batch):
     """Catches what only compiled code gets wrong, and that the compact form is not reached."""
     model, bank = tiny("rmsnorm-rope-gqa", layers=3), RouterBank.untrained(HIDDEN, 3, bottleneck_dim=16)
-    threshold = threshold_between(model, bank, 0.6, cache, batch, **CHOSEN)
-    stats = check(model, bank, cache, batch, threshold, **CHOSEN)
+    threshold = threshold_between(model, bank, 0.6, cache, batch, **COMPACT)
+    stats = check(model, bank, cache, batch, threshold, **COMPACT)
     assert any(d.compact and d.kept < d.rows for d in stats.decisions.values())
 
 
 def test_number_of_rows_does_not_recompile(model):
     """Prompts of which other numbers of rows leave run the code that is there."""
     ids = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(model, backend="tide", options={**CHOSEN, "min_layers": 2})
+    compiled = torch.compile(model, backend="tide", options={**COMPACT, "min_layers": 2})
     kept = set()
     for share in (0.2, 0.9, 0.5, 0.7):
         tide_compile.attach(model, synthetic_routers(model, ids, {1: share}))
@@ -131,87 +127,8 @@ def test_mixtures_of_experts_and_recurrent_layers_are_masked(family):
     assert "segment_1.masked" in program.pieces
 
 
-def test_policy(model, monkeypatch):
-    """Fewer rows pay where operations cost, not where reading the weights does or where moving rows costs more."""
-    (gm,) = capture(model, prompt(1, 16)[0], use_cache=False)
-    program, plan = passes(gm, plan_settings((0,)))
-    active = torch.ones(1, 16, dtype=torch.bool)
-    rows = torch.arange(4)
-
-    def decide(flops, bandwidth, overhead=0.0, **chosen):
-        monkeypatch.setattr(
-            "tide_compile.runtime.compaction_policy.measure_machine", lambda *_: Device(flops, bandwidth, overhead)
-        )
-        return CompactionPolicy(program, plan, TIDEConfig(**chosen)).decide("segment_1", rows, active)
-
-    slow = decide(1e6, 1e12)
-    assert slow.compact and slow.compact_seconds < slow.masked_seconds and "4 of 16 rows" in str(slow)
-    assert 4 / 16 < slow.left < 0.5  # keys and values are still computed for all
-    assert not decide(1e15, 1e6).compact
-    assert not decide(1e6, 1e12, overhead=1.0).compact
-    assert decide(1e6, 1e12, overhead=1.0, compaction="always").compact
-    assert not CompactionPolicy(program, plan, TIDEConfig(compaction="never")).possible
-
-
 @pytest.mark.parametrize(("batch", "wish", "compact"), [(4, "auto", False), (5, "auto", True), (4, "always", True)])
 def test_few_rows_are_masked(batch, wish, compact):
     """Catches a decoding step that is compacted into products that are slower than those of all of its rows."""
     program, _ = passes(decode_graph(batch), plan_settings((0,), compaction=wish))
     assert ("segment_1.compact" in program.pieces) == compact
-
-
-def test_compaction_waits_for_the_threshold(model):
-    """A few exits are not worth gathering rows for."""
-    ids = torch.randint(3, VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(0))
-    tide_compile.attach(model, synthetic_routers(model, ids, {0: 0.2}))
-    for threshold, made in ((0.25, False), (0.15, True)):
-        options = {**CHOSEN, "compaction_threshold": threshold, "lowering": "eager"}
-        compiled = torch.compile(model, backend="tide", options=options)
-        with torch.no_grad(), tide_compile.record_exits() as stats:
-            compiled(ids, use_cache=False)
-        assert bool(stats.decisions) == made
-
-
-def test_synthetic_shares_are_exact(model):
-    """Shares are of the tokens that reach a checkpoint, padding not counted."""
-    ids, mask = prompt(4, 12)
-    bank = synthetic_routers(model, ids, {0: 0.25, 2: 0.5}, attention_mask=mask)
-    options = {"router": bank, **CHOSEN, "lowering": "eager"}
-    compiled = torch.compile(model, backend="tide", options=options)
-    with torch.no_grad(), tide_compile.record_exits() as stats:
-        compiled(ids, attention_mask=mask, use_cache=False)
-    first = round(0.25 * mask.sum().item())
-    assert stats.exits_per_layer == {0: first, 2: round(0.5 * (mask.sum().item() - first))}
-    again = synthetic_routers(model, ids, {0: 0.25, 2: 0.5}, attention_mask=mask)
-    assert torch.equal(again.routers[2].up.weight, bank.routers[2].up.weight)
-    with pytest.raises(ConfigError, match="shares from 0 to 1"):
-        synthetic_routers(model, ids, {0: 1.5})
-
-
-class _EndsAfter(StoppingCriteria):
-    """Sequence i ends when it is ``lengths[i]`` tokens long."""
-
-    def __init__(self, lengths):
-        self.lengths = torch.tensor(lengths)
-
-    def __call__(self, input_ids, scores, **_):
-        return input_ids.shape[1] >= self.lengths
-
-
-@pytest.mark.parametrize("name", [pytest.param("rmsnorm-rope-gqa", marks=pytest.mark.slow), "sliding-window"])
-def test_finished_sequences_do_not_count(name):
-    """A sequence that has ended is padding: it neither holds the others at full depth nor changes their text."""
-    model = tiny(name)
-    bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
-    chosen = {"exit_threshold": 0.0, "min_layers": 2, "checkpoint_interval": 1, "lowering": "eager"}
-    engine = TIDE(model, bank, TIDEConfig(**chosen))
-    ids, mask = prompt(3, 6)
-    asked = {**GENERATE, "eos_token_id": None, "max_new_tokens": 8, "attention_mask": mask}
-    whole = engine.generate(ids, **asked)
-    everything = engine.last_stats.total_tokens
-    ended = engine.generate(ids, **asked, stopping_criteria=[_EndsAfter([8, 99, 99])])
-    assert everything == mask.sum() + 3 * 7
-    assert engine.last_stats.total_tokens == mask.sum() + 2 * 7 + 1  # the first sequence ran its first new token only
-    assert torch.equal(ended[1:], whole[1:])
-    again = engine.generate(ids, **asked)
-    assert torch.equal(again, whole)

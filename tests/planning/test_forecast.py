@@ -1,17 +1,14 @@
 """The cost model counts what a step does, and forecasts follow from it."""
 
-import json
 import statistics
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, StaticCache
-from typer.testing import CliRunner
 
 from tests.support.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
 from tide_compile import RouterBank, TIDEConfig
-from tide_compile.cli import app
 from tide_compile.errors import ConfigError
 from tide_compile.passes.graph.cost import Device, PieceCost
 from tide_compile.planning.forecast import CostModel, find_device, predict_costs
@@ -100,14 +97,3 @@ def test_this_machine(monkeypatch):
     device = Device(8.0, 1.0, 0.0, keys=0.5, few=((4, 2.0), (8, 4.0)))
     assert [device.for_rows(n).flops for n in (1, 4, 6, 8, 100)] == [2, 2, 3, 4, 4]
     assert PieceCost(8, 3, 1, 7).seconds(device.for_rows(8)) == 3 + 1 / 0.5
-
-
-def test_plan_command(tmp_path):
-    """From a config alone, and one line for a mistake."""
-    CONFIGS["rmsnorm-rope-gqa"]().save_pretrained(tmp_path)
-    arguments = ["plan", str(tmp_path), "--device", "A100", "--batch", "2", "--depth", "1", "--json"]
-    done = CliRunner().invoke(app, arguments)
-    (forecast,) = json.loads(done.stdout)["forecasts"]
-    assert done.exit_code == 0 and forecast["batch"] == 2 and forecast["speedup"] > 0
-    done = CliRunner().invoke(app, ["plan", str(tmp_path), "--device", "A1000"])
-    assert done.exit_code == 1

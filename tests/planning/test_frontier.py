@@ -133,20 +133,3 @@ def test_recommendation():
     assert recommend(points, max_disagreement=0.1, min_speedup=1.3) is points[3]
     assert recommend(points) is points[0]
     assert recommend(points, max_disagreement=0.001) is recommend(points, 0.02, 1.3) is None
-
-
-def test_other_thresholds_by_layer(model, bank):
-    """For one call. Catches thresholds that go to another checkpoint, and ones that stay."""
-    ids = prompt(1)[0]
-    options = {"router": bank, "exit_threshold": 0.0, **SETTINGS}
-    compiled = torch.compile(model, backend="tide", options=options)
-    for override, layer in (({2: 0.0}, 2), ({1: 0.0, 2: 0.0}, 1), ({}, None), (None, 0)):
-        with torch.no_grad(), tide_compile.record_exits() as stats:
-            if override is None:
-                compiled(ids)
-            else:
-                with tide_compile.exit_threshold(override):
-                    compiled(ids)
-        assert set(stats.exits_per_layer) == ({layer} - {None})
-    with pytest.raises(tide_compile.errors.ConfigError, match="from 0 to 1"), tide_compile.exit_threshold({1: 2}):
-        pass

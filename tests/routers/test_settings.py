@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tide_compile
+import tide_compile.backend
 from tests.support.models import LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
@@ -82,3 +83,20 @@ def test_scores_are_recorded(model, bank):
     for at, score in zip(layers[layers >= 0], scores[layers >= 0], strict=True):
         assert any(torch.isclose(score, s) for s in ref.scores[0][min(int(at), last)].flatten())
     assert (scores[(layers >= 0) & (layers <= last)] > 0.5).all()
+
+
+def test_other_thresholds_by_layer(model, bank):
+    """For one call. Catches thresholds that go to another checkpoint, and ones that stay."""
+    ids = prompt(1)[0]
+    options = {"router": bank, "exit_threshold": 0.0, **SETTINGS}
+    compiled = torch.compile(model, backend="tide", options=options)
+    for override, layer in (({2: 0.0}, 2), ({1: 0.0, 2: 0.0}, 1), ({}, None), (None, 0)):
+        with torch.no_grad(), tide_compile.record_exits() as stats:
+            if override is None:
+                compiled(ids)
+            else:
+                with tide_compile.exit_threshold(override):
+                    compiled(ids)
+        assert set(stats.exits_per_layer) == ({layer} - {None})
+    with pytest.raises(tide_compile.errors.ConfigError, match="from 0 to 1"), tide_compile.exit_threshold({1: 2}):
+        pass

@@ -11,28 +11,12 @@ import pytest
 import tide_compile
 from bench.serve import serving
 from tests.support.models import tiny
-from tests.support.tokenizers import byte_tokenizer, tiny_engine
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError
 from tide_compile.serving.app import build_app
 
 TOTAL = 128
 URL = "/v1/completions"
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """In the place of conftest's: one compiled engine serves the module."""
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return tiny_engine()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")

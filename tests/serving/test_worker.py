@@ -10,27 +10,11 @@ import pytest
 import torch
 
 from bench.serve import serving
-from tests.support.tokenizers import byte_tokenizer, tiny_engine
 from tide_compile.serving.app import build_app
 from tide_compile.serving.worker import ReplyText
 
 TOTAL = 128
 URL = "/v1/completions"
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    """In the place of conftest's: one compiled engine serves the module."""
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return tiny_engine()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
 
 
 def until(condition, seconds=30):

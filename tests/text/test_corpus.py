@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.calibration.test_calibrate import Characters, run, texts
+from tests.support.calibration import Characters, run, texts
 from tests.support.models import VOCABULARY, tiny
 from tide_compile.errors import CalibrationDataError
 from tide_compile.text import corpus as corpus_module

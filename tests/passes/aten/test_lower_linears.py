@@ -15,7 +15,7 @@ from tests.support.models import SETTINGS, prompt, tiny
 from tide_compile import TIDE, TIDEConfig, packed_bytes
 from tide_compile.kernels.cpu.linear import can_multiply, template_linear
 from tide_compile.kernels.cpu.packed_weights import drop_packed
-from tide_compile.lowering import lower as lowering
+from tide_compile.lowering import lower
 from tide_compile.passes.aten.gemm_forms import (
     TOGETHER,
     Linears,
@@ -126,7 +126,7 @@ def test_copies_of_weights(form, monkeypatch):
     """Catches copies that are made for every call, that outlive their weights, or of values that are gone."""
     if form not in possible_forms(Linears(256, (64,), 64, torch.float32, torch.float32), pack_weights=True):
         pytest.skip(f"{form} is not for this processor")
-    monkeypatch.setattr(lowering, "fastest_forms", lambda found, _: dict.fromkeys(found, form))
+    monkeypatch.setattr(lower, "fastest_forms", lambda found, _: dict.fromkeys(found, form))
     model, before = tiny("rmsnorm-rope-gqa", layers=2), packed_bytes()
     options = {"exit_threshold": 1.0, "pack_weights": True, **SETTINGS, "lowering": "inductor"}
     run = torch.compile(model, backend="tide", options=options)
@@ -208,8 +208,13 @@ def test_quantised_weights_are_streamed():
 def test_products_of_chosen_rows_are_found(model, bank, monkeypatch):
     """In segments that leave rows out, which are traced anew. Catches products that stay as they are there: queries and
     what follows attention on chosen rows, keys and values on all."""
-    programs, lower = [], lowering.lower
-    monkeypatch.setattr("tide_compile.backend.lower", lambda *args: programs.append(args[0]) or lower(args[0], "eager"))
+    programs = []
+
+    def noting(program, *_):
+        programs.append(program)
+        return lower.lower(program, "eager")
+
+    monkeypatch.setattr("tide_compile.backend.lower", noting)
     config = TIDEConfig(exit_threshold=0.5, compaction="always", **SETTINGS)
     TIDE(model, bank, config)(torch.ones(8, 1, dtype=torch.long), past_key_values=StaticCache(model.config, 16))
     (program,) = programs
