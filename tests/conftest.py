@@ -36,6 +36,23 @@ def fresh(tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device (skipped without one)")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture
+def on_gpu():
+    """What is made without a device is made on the GPU."""
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M in fp32, with its tokenizer."""

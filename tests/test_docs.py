@@ -9,7 +9,7 @@ import pytest
 import tide_compile
 from tide_compile import passes
 
-PASSES = [f"{passes.__name__}.{m.name}" for m in pkgutil.iter_modules(passes.__path__)]
+PASSES = [m.name for m in pkgutil.walk_packages(passes.__path__, f"{passes.__name__}.")]
 
 
 def undocumented(name, thing):

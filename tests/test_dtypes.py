@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tide_compile
+from tests.support.calibration import Characters, texts
 from tests.support.compare import check, threshold_between
 from tests.support.models import FEW, prompt, tiny
-from tests.test_calibrate import Characters, texts
 from tide_compile import TIDEConfig, calibrate
 from tide_compile.model.fingerprint import fingerprint
 

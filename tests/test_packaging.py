@@ -122,6 +122,12 @@ def test_wheel_has_every_module_and_the_licence_and_nothing_else(wheel):
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in packed)
 
 
+def test_entry_point_without_import():
+    """Catches an entry point that is missing, or registered twice (duplicate name)."""
+    code = "import torch; torch.compile(torch.nn.Linear(2, 2), backend='tide'); import tide_compile"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("kind", ["wheel", "bare", pytest.param("editable", marks=pytest.mark.slow)])
 def test_imports_without_shadowing_kernels(kind, env, tmp_path, request):
     """Catches: a wrong package-dir or `__path__`, a lost entry point, an `__init__.py` in kernels/."""

@@ -10,7 +10,7 @@ from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError, RouterFileError
 from tide_compile.routers.settings import settings_of_bank
 
-SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: test_compaction.py
+SETTINGS = {"min_layers": 2, "checkpoint_interval": 1, "compaction": "never"}  # its tests: passes/test_compact_rows.py
 
 
 def part(fast, *values):
@@ -19,7 +19,7 @@ def part(fast, *values):
 
 
 SINGLE = part(False, 1)
-KEEPING = [part(False, "none"), "dynamic", "static"]  # without one: test_families.py
+KEEPING = [part(False, "none"), "dynamic", "static"]  # without one: families/test_matrix.py
 EXITS = [  # all of batch 4, one cache of batch 1, one case of zero_pad
     part(
         (batch == 4 or i % 3 == j) if strategy == "propagate" else (i, j, batch) == (0, 2, 4),
@@ -150,6 +150,21 @@ def test_inductor_lowering(name, cache, batch, strategy):
     settings = {"kv_cache_strategy": strategy, **SETTINGS}
     threshold = threshold_between(model, bank, 0.4, cache, batch, **settings)
     assert check(model, bank, cache, batch, threshold, **settings).total_exited > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "lowering"),
+    [(1, "eager"), (3, "eager"), pytest.param(1, "inductor", marks=pytest.mark.slow)],
+)
+def test_compiled_equals_the_reference(batch, lowering, tmp_path):
+    """Probe and low-rank projection, from a file. Catches a tensor in the wrong place of the op."""
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    bank = RouterBank.load(probing(FEW).save(tmp_path / "r.safetensors"))
+    assert bank.exit_strategy == "low_rank"
+    settings = {"min_layers": 1, "checkpoint_interval": 1, "lowering": lowering}
+    threshold = threshold_between(model, bank, 0.5, "static", batch, **settings)
+    stats = check(model, bank, "static", batch, threshold, **settings)
+    assert 0 < stats.exit_rate < 1
 
 
 @pytest.mark.slow

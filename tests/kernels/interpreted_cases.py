@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in a process of its own with TRITON_INTERPRET=1: ``triton.jit`` looks at it at import.
+"""Run by test_ops.py in a process of its own with TRITON_INTERPRET=1: ``triton.jit`` looks at it at import.
 
 Every case runs a launcher under Triton's interpreter on the CPU and compares it with the reference. What a launcher
 allocates is poisoned with NaN (or a number that is no index), so that a row that was not written shows.

@@ -36,7 +36,9 @@ CONFIGS = {
 }  # fmt: skip
 CACHES = ("none", "dynamic", "static")
 SETTINGS = {"min_layers": 1, "checkpoint_interval": 1, "lowering": "eager"}
+COMPACT = {"min_layers": 1, "checkpoint_interval": 1, "compaction": "always", "compaction_threshold": 0.0}
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+LONG = {**GENERATE, "max_new_tokens": 12, "eos_token_id": None}
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = LAYERS) -> PreTrainedModel:

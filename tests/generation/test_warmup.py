@@ -1,0 +1,32 @@
+"""After warmup nothing is left to compile."""
+
+import logging
+
+import torch
+
+from tests.support.models import FEW, GENERATE, prompt, tiny
+from tide_compile import TIDE, TIDEConfig, eager_reference, record_times, synthetic_routers
+
+
+def test_warmup_compiles_everything(caplog):
+    """Catches a piece that is compiled while a user waits: after warmup neither Dynamo nor a piece has to be. And what
+    only compiled code gets wrong when rows are left out: the text and the exits are the eager reference's."""
+    ids, mask = prompt(4, padding=0)
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    bank = synthetic_routers(model, ids, {0: 0.5})
+    config = TIDEConfig(min_layers=1, checkpoint_interval=1, compaction="always")
+    engine = TIDE(model, bank, config)
+    assert engine.warmup(batch_size=4) > 0
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with caplog.at_level(logging.INFO, "tide_compile"), record_times() as times:
+        text = engine.generate(ids, attention_mask=mask, **GENERATE)
+    with eager_reference(model, bank, config) as reference:
+        assert torch.equal(text, model.generate(ids, attention_mask=mask, **GENERATE, cache_implementation="static"))
+    left = torch.cat([layers.flatten() for layers in reference.exit_layers])
+    assert engine.last_stats.exits_per_layer == {0: int((left == 0).sum())}
+    assert any(d.compact and d.kept < d.rows for d in engine.last_stats.decisions.values())
+    assert not [r for r in caplog.messages if "compiled" in r]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    ran = times.seconds
+    assert "segment_1.compact" in ran and len(ran["executor"]) == len(ran["epilogue"]) == GENERATE["max_new_tokens"]
+    assert all(s > 0 for seconds in ran.values() for s in seconds)
