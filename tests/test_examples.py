@@ -6,6 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -45,7 +46,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("name", "arguments", "expected"), RUN)
 def test_example(folder, name, arguments, expected, monkeypatch, capsys):
     """From the command line to what it prints. Catches an example that has fallen behind the package."""
-    monkeypatch.setattr(backend, "lower", lambda program, lowering, mode, *_: lower(program, "eager", mode))
+    monkeypatch.setattr(
+        backend, "lower", lambda program, config, *rest: lower(program, replace(config, lowering="eager"), *rest)
+    )
     common = [str(folder), "--texts", str(folder / "texts.txt"), "--samples", "10", "--tokens", "4"]
     monkeypatch.setattr(sys, "argv", [name, *common, *(a.format(folder) for a in arguments)])
     with pytest.raises(SystemExit) as ended:

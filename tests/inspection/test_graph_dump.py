@@ -15,9 +15,10 @@ from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError, UnknownOptionError
 from tide_compile.inspection.graph_dump import CONTENTS, INDEX
 from tide_compile.passes.graph.fx_tools import value_of
+from tide_compile.passes.program import fill_name, project_name, segment_name
 
 IDS, MASK = prompt(2)
-STRAIGHT = ["prologue", "segment_0", "segment_1", "segment_2", "segment_3", "epilogue"]
+STRAIGHT = ["prologue", *map(segment_name, range(LAYERS)), "epilogue"]
 
 
 def test_explain(model, bank, monkeypatch):
@@ -64,11 +65,11 @@ def test_dumped_code_is_the_graph(model, bank, tmp_path, monkeypatch):
                 with torch.no_grad():
                     results = kind()(*module["example_inputs"](piece))
                 assert len(results) == len(kind.outputs)
-        assert list(module["PIECES"]) == list(program.pieces)
-        for name, piece in program.pieces.items():
+        assert list(module["PIECES"]) == [piece.name for piece in program.pieces()]
+        for piece in program.pieces():
             inputs = [_filled(value_of(n)) for n in piece.graph.graph.find_nodes(op="placeholder")]
-            ours, theirs = (_run(call, inputs) for call in (module["PIECES"][name](), piece.graph))
-            assert all(map(_same, ours, theirs)), name
+            ours, theirs = (_run(call, inputs) for call in (module["PIECES"][piece.name](), piece.graph))
+            assert all(map(_same, ours, theirs)), piece.name
 
 
 def _filled(value):
@@ -100,7 +101,7 @@ def test_index_plan_and_charts(model, bank, tmp_path):
     assert (folder / "plan.txt").read_text().count("segment 0") == 2  # twins
     chart = nx.read_graphml(folder / "plan.graphml")
     assert set(STRAIGHT) <= set(nx.descendants(chart, "prologue")) | {"prologue"}
-    assert set(chart.successors("router_1")) == {"segment_2", "fill_1"}
+    assert set(chart.successors("router_1")) == {segment_name(2), fill_name(1)}
     (drawn,) = pydot.graph_from_dot_file(str(folder / "plan.dot"))
     assert {n.get_name().strip('"') for n in drawn.get_nodes()} - {"\\n"} == set(chart)
 
@@ -182,9 +183,10 @@ def test_inductor_code(tmp_path):
         with tide_compile.exit_threshold(0.0):
             compiled(ids)
     after = _code_of(tmp_path)
-    assert before["fill_1"] == ["compiled when it is first needed"]
-    assert set(before) == {*STRAIGHT[:3], "epilogue", "fill_1", "segment_1.masked"}
-    for piece in (*STRAIGHT[:3], "epilogue", "fill_1"):
+    late = {fill_name(1), project_name(1), segment_name(1, "masked")}
+    assert all(before[piece] == ["compiled when it is first needed"] for piece in late)
+    assert set(before) == {*STRAIGHT[:3], "epilogue", *late}
+    for piece in (*STRAIGHT[:3], "epilogue", fill_name(1), project_name(1)):
         (file,) = after[piece]
         with open(file) as code:
             assert "def call(" in code.read()

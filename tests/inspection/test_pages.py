@@ -15,6 +15,7 @@ from tests.support.models import GENERATE, HIDDEN, LAYERS, prompt
 from tests.support.tokenizers import every_byte_tokenizer, tiny_engine
 from tide_compile import RouterBank
 from tide_compile.inspection.plan_page import plan_page
+from tide_compile.passes.program import segment_name
 from tide_compile.runtime.piece_times import EXECUTOR, Times
 
 
@@ -75,7 +76,8 @@ def plan(model):
     found = tide_compile.explain(model, ids, attention_mask=mask, options=options)
     stats = tide_compile.ExitStats()
     stats.add(LAYERS, {1: 30}, 10)
-    seconds = {EXECUTOR: [0.004, 0.004], "segment_0": [0.001] * 2, "segment_1": [0.002], "segment_1.masked": [0.0005]}
+    first, second, masked = segment_name(0), segment_name(1), segment_name(1, "masked")
+    seconds = {EXECUTOR: [0.004, 0.004], first: [0.001] * 2, second: [0.002], masked: [0.0005]}
     return found, plan_page(found.main, stats, Times(seconds), "A plan")
 
 

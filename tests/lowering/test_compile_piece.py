@@ -8,6 +8,7 @@ import torch
 from tests.support.graphs import decode_graph, passes, settings
 from tests.support.models import HIDDEN, logits_of
 from tide_compile.lowering import compile_piece
+from tide_compile.torch_internals.switches import enabled
 
 
 def test_mode_reaches_inductor(monkeypatch, bank, model):
@@ -15,7 +16,7 @@ def test_mode_reaches_inductor(monkeypatch, bank, model):
     asked = []
     for module in ("lower", "lazy_piece"):
         target = f"tide_compile.lowering.{module}.compile_piece"
-        monkeypatch.setattr(target, lambda piece, patches: (asked.append(patches), piece.graph)[1])
+        monkeypatch.setattr(target, lambda piece, patches, _: (asked.append(patches), piece.graph)[1])
     options = {"router": bank, "exit_threshold": 0.5, "min_layers": 2, "checkpoint_interval": 1}
     call = torch.compile(model, backend="tide", options={**options, "mode": "reduce-overhead"})
     logits_of(model, call, "static", 1, steps=1)
@@ -35,13 +36,13 @@ def test_inductor_knows_what_stays_where_it_is(monkeypatch):
     program, _ = passes(decode_graph(1), settings((1,), min_layers=2))
     shapes = {"weight": (96, HIDDEN), "cache": (1, 2, 16, 16), "state": (1, 1, HIDDEN)}
     found = dict.fromkeys(shapes, 0)
-    for name, piece in program.pieces.items():
+    for piece in program.pieces():
         uncached = torch._inductor.config.patch(force_disable_caches=True)
         with torch.no_grad(), uncached, pytest.raises(Exception, match="seen enough"):
-            compile_piece.compile_piece(piece, {"triton.cudagraphs": True})
+            compile_piece.compile_piece(piece, {"triton.cudagraphs": True}, enabled())
         static, inputs = seen[-1]
         for i, shape in enumerate(inputs):
             for kind in (k for k, s in shapes.items() if s == shape):
-                assert (i in static) == (kind != "state"), (name, kind)
+                assert (i in static) == (kind != "state"), (piece.name, kind)
                 found[kind] += 1
     assert all(found.values())

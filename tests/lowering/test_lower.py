@@ -15,15 +15,15 @@ def test_wrong_assumption(model, bank, fastest, monkeypatch):
     """Products that were never measured are taken for streamed. Catches pieces that stay so where another form is
     faster, are compiled again where they are right, or are compiled from a graph that is used up."""
     compiled = []
-    monkeypatch.setattr(lower, "fastest_forms", lambda found, _: dict.fromkeys(found, fastest))
+    monkeypatch.setattr(lower, "fastest_forms", lambda found, *_: dict.fromkeys(found, fastest))
     original = lower.compile_piece
     monkeypatch.setattr(lower, "compile_piece", lambda *args: compiled.append(args) or original(*args))
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=1.0, **{**SETTINGS, "lowering": "inductor"}))
     ids = prompt(1)[0][:, :1]
     with torch.no_grad():
         assert_close(engine(ids, use_cache=False), model(ids, use_cache=False).logits)
-    streamed = [bool(patches["post_grad_custom_pre_pass"][0].forms) for _, patches in compiled]
-    assert len({id(piece.graph) for piece, _ in compiled}) == len(compiled)
+    streamed = [bool(patches["post_grad_custom_pre_pass"][0].forms) for _, patches, _ in compiled]
+    assert len({id(piece.graph) for piece, *_ in compiled}) == len(compiled)
     assert streamed == [True, False, True, *([] if fastest == "stream" else [False, False])]  # the second: no products
 
 

@@ -13,7 +13,7 @@ def test_shared_keys_and_values_are_carried():
     """Later layers read keys and values of earlier ones: computed for skipped layers too."""
     (gm,) = capture(build("gemma4_text"), prompt(2)[0], use_cache=False)
     program, _ = passes(gm, settings((0, 1)))
-    assert len(program.pieces["fill_0"].outputs) >= 2
+    assert len(program.segments[0].fill.outputs) >= 2
 
 
 def test_hidden_state_that_is_overwritten():

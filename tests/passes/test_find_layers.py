@@ -19,7 +19,7 @@ def test_layers_and_boundaries():
     assert plan.layers.prefix.endswith("model.layers")
     assert len(set(plan.boundaries.leaving)) == LAYERS
     assert plan.single_row
-    assert [n for n in program.pieces] == ["prologue", "segment_0", "segment_1", "segment_2", "segment_3", "epilogue"]
+    assert list(program.pieces()) == list(program.straight()) and len(program.segments) == LAYERS
 
 
 def test_nested_lists_are_not_layers():

@@ -12,15 +12,15 @@ from tide_compile.passes.graph.structure_key import structure_key
 
 def test_twins_share_a_key_and_look_alikes_do_not():
     program, _ = passes(decode_graph(1), settings())
-    keys = [structure_key(program.pieces[f"segment_{i}"].graph) for i in range(LAYERS)]
-    assert len(set(keys)) == 1
+    keys = [structure_key(segment.plain.graph) for segment in program.segments]
+    assert len(keys) == LAYERS and len(set(keys)) == 1
     sliding, _ = passes(decode_graph(1, "sliding-window"), settings())
-    keys = [structure_key(sliding.pieces[f"segment_{i}"].graph) for i in range(LAYERS)]
+    keys = [structure_key(segment.plain.graph) for segment in sliding.segments]
     assert keys[0] == keys[2] and keys[0] != keys[1]
-    gm = program.pieces["segment_0"].graph
+    gm = program.segments[0].plain.graph
     scale = next(n for n in gm.graph.nodes if n.target is operator.add and isinstance(n.args[1], float))
     scale.args = (scale.args[0], 2 * scale.args[1])  # another eps
-    assert structure_key(gm) != structure_key(program.pieces["segment_1"].graph)
+    assert structure_key(gm) != structure_key(program.segments[1].plain.graph)
 
 
 def test_liveness_follows_memory():

@@ -1,20 +1,21 @@
 """The loop over the passes: verified after each, and observed."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.support.graphs import decode_graph, passes, settings
 from tide_compile.errors import VerificationError
-from tide_compile.passes.plan import Piece, Program
 from tide_compile.passes.verify import verify
 
 
 def test_verifier():
     program, _ = passes(decode_graph(1), settings())
-    pieces = dict(program.pieces)
-    piece = pieces["segment_1"]
-    pieces["segment_1"] = Piece(piece.graph, ("nowhere", *piece.inputs[1:]), piece.outputs)
-    with pytest.raises(VerificationError, match="after pass some_pass: segment_1 reads \\['nowhere'\\]"):
-        verify(Program(pieces, program.arguments, program.results), "some_pass")
+    first, second, *others = program.segments
+    piece = replace(second.plain, inputs=("nowhere", *second.plain.inputs[1:]))
+    broken = replace(program, segments=(first, replace(second, plain=piece), *others))
+    with pytest.raises(VerificationError, match=rf"after pass some_pass: {piece.name} reads \['nowhere'\]"):
+        verify(broken, "some_pass")
 
 
 def test_observer_sees_every_pass():

@@ -34,18 +34,20 @@ def test_a_bank_brings_its_own(model, bank, thresholds, layers, tmp_path):
     assert set(stats.exits_per_layer) == layers
 
 
-def test_checkpoints_of_the_calibration(bank):
+def test_checkpoints_of_the_calibration():
     """Routers are used where they were calibrated. Catches one that is left out because nobody repeats the interval."""
 
     def places(**options):
         settings = settings_of_bank(bank, TIDEConfig(**options), torch.device("cpu"), torch.float32)
-        return settings.checkpoint_interval, settings.min_layers
+        assert set(settings.routers) == set(settings.checkpoints)
+        return settings.checkpoints
 
-    assert places() == (4, 8)
+    bank = RouterBank.untrained(HIDDEN, 13, bottleneck_dim=16)
+    assert places() == (7, 11)
     bank.metadata["config"] = TIDEConfig(checkpoint_interval=2, min_layers=3).to_dict()
-    assert places() == (2, 3)
-    assert places(checkpoint_interval=1) == (1, 3)
-    assert places(checkpoint_interval=1, min_layers=8) == (1, 8)
+    assert places() == (3, 5, 7, 9, 11)
+    assert places(checkpoint_interval=1) == tuple(range(2, 12))
+    assert places(checkpoint_interval=1, min_layers=8) == tuple(range(7, 12))
 
 
 def test_a_threshold_that_is_given_wins(model, bank):

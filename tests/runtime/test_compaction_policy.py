@@ -22,7 +22,7 @@ def test_policy(model, monkeypatch):
         monkeypatch.setattr(
             "tide_compile.runtime.compaction_policy.measure_machine", lambda *_: Device(flops, bandwidth, overhead)
         )
-        return CompactionPolicy(program, plan, TIDEConfig(**chosen)).decide("segment_1", rows, active)
+        return CompactionPolicy(program, plan, TIDEConfig(**chosen)).decide(1, rows, active)
 
     slow = decide(1e6, 1e12)
     assert slow.compact and slow.compact_seconds < slow.masked_seconds and "4 of 16 rows" in str(slow)

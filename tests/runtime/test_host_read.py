@@ -11,6 +11,7 @@ from tide_compile.lowering.machine import Device
 from tide_compile.passes.run import run
 from tide_compile.routers.settings import settings_of_bank
 from tide_compile.runtime import executor
+from tide_compile.runtime.bindings import RouterBindings
 from tide_compile.runtime.compaction_policy import CompactionPolicy
 from tide_compile.runtime.executor import Executor
 from tide_compile.runtime.host_read import CountsReader
@@ -38,9 +39,10 @@ def program_of(model, batch, **changes):
 
 
 def executor_of(program, plan, arguments, config, chosen):
-    runnables = {name: piece.graph for name, piece in program.pieces.items()}
+    runnables = {piece: piece.graph for piece in program.pieces()}
     policy = CompactionPolicy(program, plan, config)
-    return Executor(program, plan, runnables, policy, arguments, lambda _: chosen, lambda: None)
+    bindings = RouterBindings(program.constants, plan, arguments, lambda _: chosen, lambda: None)
+    return Executor(program, plan, runnables, policy, bindings)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_nothing_else_can_be_read(monkeypatch, batch, decisions):
     script = iter(decisions)
     monkeypatch.setattr(executor, "CountsReader", lambda size: lambda counts: next(script))
     program, plan, arguments, config, chosen = program_of(tiny("rmsnorm-rope-gqa"), batch, exit_threshold=0.5)
-    for piece in program.pieces.values():
+    for piece in program.pieces():
         for node in piece.graph.graph.nodes:
             node.args, node.kwargs = tree_map_only(torch.device, lambda _: META, (node.args, node.kwargs))
         piece.graph.recompile()

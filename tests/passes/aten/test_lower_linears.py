@@ -1,6 +1,7 @@
 """Products take another form inside Inductor, and give the same numbers."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_copies_of_weights(form, monkeypatch):
     """Catches copies that are made for every call, that outlive their weights, or of values that are gone."""
     if form not in possible_forms(Linears(256, (64,), 64, torch.float32, torch.float32), pack_weights=True):
         pytest.skip(f"{form} is not for this processor")
-    monkeypatch.setattr(lower, "fastest_forms", lambda found, _: dict.fromkeys(found, form))
+    monkeypatch.setattr(lower, "fastest_forms", lambda found, *_: dict.fromkeys(found, form))
     model, before = tiny("rmsnorm-rope-gqa", layers=2), packed_bytes()
     options = {"exit_threshold": 1.0, "pack_weights": True, **SETTINGS, "lowering": "inductor"}
     run = torch.compile(model, backend="tide", options=options)
@@ -211,18 +212,19 @@ def test_products_of_chosen_rows_are_found(model, bank, monkeypatch):
     what follows attention on chosen rows, keys and values on all."""
     programs = []
 
-    def noting(program, *_):
+    def noting(program, config, *_):
         programs.append(program)
-        return lower.lower(program, "eager")
+        return lower.lower(program, replace(config, lowering="eager"))
 
     monkeypatch.setattr("tide_compile.backend.lower", noting)
     config = TIDEConfig(exit_threshold=0.5, compaction="always", **SETTINGS)
     TIDE(model, bank, config)(torch.ones(8, 1, dtype=torch.long), past_key_values=StaticCache(model.config, 16))
     (program,) = programs
-    for name in ("segment_1", "segment_1.compact"):
-        found = find_linears(program.pieces[name].graph.graph)
-        assert sum(len(linears.outs) for linears in found) >= 5, name
-        assert {linears.rows for linears in found} == ({8} if name == "segment_1" else {8, 256})
+    segment = program.segments[1]
+    for piece, rows in ((segment.plain, {8}), (segment.compact, {8, 256})):
+        found = find_linears(piece.graph.graph)
+        assert sum(len(linears.outs) for linears in found) >= 5, piece.name
+        assert {linears.rows for linears in found} == rows
 
 
 def test_parts_divide_all_products():
