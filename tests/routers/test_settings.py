@@ -5,7 +5,7 @@ import torch
 
 import tide_compile
 import tide_compile.backend
-from tests.support.models import LAYERS, SETTINGS, prompt
+from tests.support.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
 from tide_compile.routers.settings import settings_of_bank
