@@ -15,8 +15,8 @@ from tide_compile.cli import app
 from tide_compile.errors import ConfigError
 from tide_compile.lowering import measure_forms as tuning
 from tide_compile.passes.graph.cost import Device, PieceCost
+from tide_compile.planning.choose_checkpoints import choose
 from tide_compile.planning.forecast import CostModel, find_device, predict_costs
-from tide_compile.planning.frontier import choose
 
 SLOW = Device(flops=1e12, bandwidth=1e9, overhead=0.0)  # bound by memory, as decoding is
 
