@@ -1,4 +1,4 @@
-"""python -m bench.families: tide against the eager reference on every causal language model of transformers.
+"""python -m tests.families.matrix: tide against the eager reference on every causal language model of transformers.
 
 Each family is built tiny with random weights and run on two rows, one of them padded on the left: a prompt, then four
 decoded tokens with a static cache; where the model or tide cannot do that, with a dynamic cache or the model's own,
