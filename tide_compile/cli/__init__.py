@@ -1,4 +1,4 @@
-"""The ``tide`` command: names, options and exit codes in ``main``, the work of each command in a file of its own."""
+"""The ``tide`` command: names, options and exit codes are in ``main``, the work of each command in its own file."""
 
 from tide_compile.cli.main import app
 
