@@ -162,7 +162,7 @@ def write_gguf(source: Path, target: str, dtype: torch.dtype) -> None:
 
 
 def routed(model: nn.Module, ids: torch.Tensor, path: str) -> tuple[str, Contender]:
-    """A router file as a contender, named by its promise."""
+    """A router file as a contender, named by its certificate."""
     bank = RouterBank.load(path)
     certificate = bank.metadata.get(CERTIFICATE)
     name = f"tide certified {certificate['bound']:.0%}" if certificate else f"tide {Path(path).stem}"

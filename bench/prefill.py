@@ -23,8 +23,7 @@ from transformers import StaticCache
 import tide_compile
 from bench.support.models import SMOLLM2, load_model, truncated
 from bench.support.report import Timing, interleave, show
-from tide_compile import synthetic_routers
-from tide_compile.runtime.exit_stats import ExitStats
+from tide_compile import ExitStats, synthetic_routers
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 KINDS = {"tide masked": "never", "tide compact": "always", "tide auto": "auto"}

@@ -26,8 +26,7 @@ from openai import AsyncOpenAI, OpenAIError
 from bench.support.models import SMOLLM2, load_model
 from bench.support.report import show
 from tide_compile import TIDE, TIDEConfig, synthetic_routers
-from tide_compile.serving import build_app
-from tide_compile.serving.worker import one_thread
+from tide_compile.serving import build_app, one_thread
 from tide_compile.text.sources import calibration_texts
 
 _PROMPT = 120  # characters

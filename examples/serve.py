@@ -19,8 +19,7 @@ import uvicorn
 
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
-from tide_compile.serving import build_app
-from tide_compile.serving.worker import one_thread
+from tide_compile.serving import build_app, one_thread
 
 
 def main(

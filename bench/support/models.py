@@ -1,4 +1,4 @@
-"""Models for the benchmarks: SmolLM2-135M from PyPI, or anything transformers can load."""
+"""models: what the benchmarks run: SmolLM2-135M from PyPI, or anything transformers can load."""
 
 from __future__ import annotations
 

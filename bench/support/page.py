@@ -1,4 +1,4 @@
-"""A page of documentation made of tables, of which some can be written anew and the others stay."""
+"""page: pages of documentation made of tables, of which some can be written anew and the others stay."""
 
 from __future__ import annotations
 
@@ -25,9 +25,19 @@ class Table:
 
     def section(self, setting: str) -> str:
         """The section in Markdown; ``setting``: the machine, the model and the command."""
-        table = tabulate(self.rows, headers=self.headers, tablefmt="github", disable_numparse=True)
+        table = markdown_table(self.rows, self.headers)
         parts = [f"## {self.title}", self.about, f"{self.on} {setting}", table, self.after]
         return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown_table(rows: Sequence[Sequence[object]], headers: Sequence[str], align_numbers: bool = False) -> str:
+    """Cells as they are, or numbers with their points below each other."""
+    return tabulate(rows, headers, "github", disable_numparse=not align_numbers)
+
+
+def page(title: str, *blocks: str) -> str:
+    """A whole page in Markdown."""
+    return "\n\n".join([f"# {title}", *blocks]) + "\n"
 
 
 def update_page(path: Path, heading: str, sections: dict[str, str], order: Sequence[str]) -> None:

@@ -1,11 +1,10 @@
-"""Tables of what exits do to the text: convergence per layer, exits of given text, generation.
+"""table_quality: what exits do to the text: convergence per layer, exits of given text, generation.
 
 Shapes: B batch, S sequence, T tokens, H hidden.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.support.page import Table
-from tide_compile import RouterBank, TIDEConfig, eager_reference
+from tide_compile import ExitStats, RouterBank, TIDEConfig, eager_reference
 from tide_compile.errors import ConfigError
 from tide_compile.model.decoder import Decoder, find_decoder
-from tide_compile.runtime.exit_stats import ExitStats
 from tide_compile.text.sources import calibration_texts
 from tide_compile.thresholds.agreement import Generation, measure_agreement
 
@@ -46,10 +44,10 @@ def _evenly(rows: list[list[int]], count: int, data: str) -> list[list[int]]:
     return rows[:: max(1, len(rows) // count)][:count]
 
 
-def config_of(bank: RouterBank, threshold: float | None) -> TIDEConfig:
-    """Every router of the bank is a checkpoint, with this threshold; None: those that the bank brings."""
-    step = math.gcd(*(layer + 1 for layer in bank.layers))
-    return TIDEConfig(exit_threshold=threshold, checkpoint_interval=step, min_layers=bank.layers[0] + 1)
+def at_threshold(bank: RouterBank, threshold: float | None) -> RouterBank:
+    """Every router of the bank is a checkpoint, with this threshold; None: the bank with its own. For a config without
+    ``exit_threshold``."""
+    return bank if threshold is None else replace(bank, thresholds=dict.fromkeys(bank.layers, threshold))
 
 
 @torch.no_grad()
@@ -93,10 +91,11 @@ def exits(
     full = torch.stack([_choices(decoder, row) for row in rows])
     cells = []
     for threshold in thresholds:
-        with eager_reference(model, bank, config_of(bank, threshold), decoder) as reference:
+        with eager_reference(model, at_threshold(bank, threshold), TIDEConfig(), decoder) as reference:
             same = torch.stack([_choices(decoder, row) for row in rows]) == full
-        layers = torch.cat(reference.exit_layers).cpu()
-        stats, left = stats_of(layers, len(decoder.layers)), layers < len(decoder.layers) - 1
+        layers, stats = torch.cat(reference.exit_layers).cpu(), ExitStats()
+        stats.add_layers(len(decoder.layers), layers.flatten())
+        left = layers < len(decoder.layers) - 1
         cells.append(
             [
                 _name(threshold),
@@ -124,15 +123,6 @@ def _choices(decoder: Decoder, row: Sequence[int]) -> Tensor:
     return decoder.model.forward(input_ids=ids, use_cache=False).logits[0].argmax(-1).cpu()
 
 
-def stats_of(layers: Tensor, num_layers: int) -> ExitStats:
-    """Of tokens that left after ``layers``."""
-    left = layers[layers < num_layers - 1]
-    found, counts = left.unique(return_counts=True)
-    stats = ExitStats()
-    stats.add(num_layers, dict(zip(found.tolist(), counts.tolist(), strict=True)), layers.numel() - left.numel())
-    return stats
-
-
 def quality(
     model: nn.Module,
     tokenizer: object,
@@ -144,8 +134,8 @@ def quality(
     """Per threshold, what the model writes greedily after ``prompts``."""
     cells, texts = [], []
     for threshold in thresholds:
-        config = replace(config_of(bank, threshold), exit_strategy="auto")
-        outcome = measure_agreement(model, bank, config, prompts, max_new_tokens=new_tokens)
+        chosen = at_threshold(bank, threshold)
+        outcome = measure_agreement(model, chosen, TIDEConfig(), prompts, max_new_tokens=new_tokens)
         stats, written = outcome.stats, outcome.generations
         whole = sum(bool(g.agrees.all()) for g in written)
         cells.append(

@@ -1,4 +1,4 @@
-"""Tables of what exits do to the time: latency of a prompt, tokens per second of a batch.
+"""table_speed: what exits do to the time: latency of a prompt, tokens per second of a batch.
 
 Contenders share their weights and take turns in one process on the same text.
 
@@ -18,7 +18,7 @@ from transformers import StaticCache
 import tide_compile
 from bench.support.page import Table
 from bench.support.report import Timing, interleave
-from bench.support.table_quality import config_of
+from bench.support.table_quality import at_threshold
 from tide_compile import ExitStats, RouterBank
 
 Step = Callable[[], float]
@@ -33,8 +33,7 @@ def contenders(
     """Calls of the model: eager, by stock Inductor, by tide without exits, and with the routers at each threshold.
     ``lowering="eager"`` compiles nothing, for a look at the exits."""
     common = {"lowering": lowering, "compaction": "auto" if lowering == "inductor" else "never"}
-    options = {n: v for n, v in config_of(bank, thresholds[0]).to_dict().items() if n not in common}
-    routed = torch.compile(model, backend="tide", options={**options, **common, "router": bank})
+    routed = torch.compile(model, backend="tide", options={**common, "router": at_threshold(bank, thresholds[0])})
     return {
         "eager": model,
         BASE: torch.compile(model, backend=lowering),

@@ -16,8 +16,8 @@ from tests.support.tokenizers import WORD_TEMPLATE, save_tiny, word_tokenizer
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.cli import app
 from tide_compile.model.loading import load_model, load_tokenizer
-from tide_compile.planning.frontier import tuning_data
 from tide_compile.planning.token_costs import TokenCosts
+from tide_compile.planning.tuning_data import tuning_data
 
 LAYERS = 3  # fewer than elsewhere: every command traces them anew
 
@@ -159,7 +159,7 @@ def test_calibrate(deep, tmp_path):
 
 def test_tune(folder, router, tmp_path, monkeypatch):
     """From prompts to a file with thresholds. Catches prompts that calibration has read, thresholds that are not those
-    recommended, and a promise that is kept for other thresholds."""
+    recommended, and a certificate that is kept for other thresholds."""
     monkeypatch.setattr("tide_compile.planning.frontier.time_decoding", lambda *_, **__: {"off": [0.03], "on": [0.02]})
     monkeypatch.setattr("tide_compile.cli.tune.measure_costs", lambda *_: TokenCosts(4.0, 0.0, {0: 1.0, 1: 2.0}))
     data, saved, plot = tmp_path / "texts.jsonl", tmp_path / "r.safetensors", tmp_path / "frontier.png"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from tests.support.compare import assert_close, check_each, threshold_between
 from tests.support.models import SETTINGS, logits_of
 from tide_compile import RouterBank
 from tide_compile.errors import TideError
+from tide_compile.files import write_text
 from tide_compile.model.decoder import find_decoder
 
 PASS, REFUSED, NOT_BUILT, WRONG = "pass", "named error", "not built", "WRONG"
@@ -193,9 +193,7 @@ def write_markdown(rows: list[Row], path: Path, command: str) -> None:
     )
     title, about = __doc__.split(":", 1)[1].strip().split("\n\n", 1)
     text = f"# Families: {title}\n\n{about}\n\n`{command}` on {machine()}.\n\n{summary(rows)}\n\n{table}\n"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_text(path, text)
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from tests.support.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
 from tide_compile.passes.graph.cost import Device, PieceCost
+from tide_compile.planning.choose_checkpoints import choose
 from tide_compile.planning.forecast import CostModel, find_device, predict_costs
-from tide_compile.planning.frontier import choose
 
 SLOW = Device(flops=1e12, bandwidth=1e9, overhead=0.0)  # bound by memory, as decoding is
 

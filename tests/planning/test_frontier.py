@@ -8,16 +8,8 @@ import torch
 import tide_compile.backend
 from tests.support.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import TIDEConfig
-from tide_compile.planning.frontier import (
-    Point,
-    checkpoint_sets,
-    choose,
-    find_frontier,
-    measure_point,
-    perplexity,
-    read_scores,
-    recommend,
-)
+from tide_compile.planning.choose_checkpoints import checkpoint_sets, choose, read_scores
+from tide_compile.planning.frontier import Point, find_frontier, measure_point, perplexity, recommend
 from tide_compile.planning.token_costs import TokenCosts, measure_costs, time_decoding
 from tide_compile.reference import eager_reference
 from tide_compile.routers.networks import Projection

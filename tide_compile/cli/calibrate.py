@@ -11,6 +11,7 @@ from tide_compile.cli.router_tables import checkpoint_table, sentence_of
 from tide_compile.config import TIDEConfig
 from tide_compile.files import router_cache
 from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.thresholds.certify import CERTIFICATE
 
 
 def calibrate_model(
@@ -29,6 +30,6 @@ def calibrate_model(
         print_json({"model": name, "router": path, "seconds": seconds, "num_layers": bank.num_layers, **bank.metadata})
         return
     console().print(checkpoint_table(bank))
-    if certificate := bank.metadata.get("certificate"):
+    if certificate := bank.metadata.get(CERTIFICATE):
         console().print(sentence_of(certificate), soft_wrap=True)
     console().print(f"routers for {name} in {path}, made in {seconds:.0f} s", markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from tide_compile.generation.engine import TIDE
 from tide_compile.generation.token_clock import TokenClock
 from tide_compile.lowering.machine_name import cpu_name
 from tide_compile.model.loading import load_model, load_tokenizer
+from tide_compile.runtime.exit_stats import ExitStats
 
 PROMPT = "Explain in a few sentences how a bicycle stays upright."
 
@@ -59,23 +61,10 @@ def run_demo(
             }
         )  # fmt: skip
         return
-    screen = console()
-    screen.print(
-        f"calibrated on {samples} texts of Python's documentation in {calibration:.0f} s\n\n{PROMPT}\n", soft_wrap=True
-    )
-    for contender in ("tide", "eager"):
-        screen.print(f"{contender}: {measured[contender]['text']}\n", markup=False, soft_wrap=True)
-    screen.print(engine.last_stats.summary(), markup=False)
+    about = f"calibrated on {samples} texts of Python's documentation in {calibration:.0f} s"
+    console().print(f"{about}\n\n{PROMPT}\n", soft_wrap=True)
     title = f"{Path(path).name}, float32, batch 1, {rounds} x {tokens} tokens, exit threshold {threshold}"
-    table = Table("", "ms per token, mean", "median", "quartiles", "mean to inductor", "compile s", title=title)
-    for contender, m in measured.items():
-        first, middle, third = m["quartiles_ms"]
-        ratio = m["mean_ms"] / measured["inductor"]["mean_ms"]
-        compiling = "" if contender == "eager" else f"{m['compile_seconds']:.0f}"
-        spread = f"{first:.1f} to {third:.1f}"
-        table.add_row(contender, f"{m['mean_ms']:.1f}", f"{middle:.1f}", spread, f"{ratio:.2f}", compiling)
-    screen.print(table)
-    screen.print(_machine(), style="dim", markup=False)
+    _show(measured, engine.last_stats, title)
 
 
 def _compare(
@@ -89,22 +78,15 @@ def _compare(
     }  # fmt: skip
     stock = routed_through(torch.compile(model))
     run = {"eager": model.generate, "inductor": stock.generate, "tide": engine.generate}
-    first, texts = {}, {}
+    texts, first = {}, {}
     for name, call in run.items():
         with working(f"{name}: first call"):
             started = time.perf_counter()
             out = call(**arguments)
             first[name] = time.perf_counter() - started
         texts[name] = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    seconds: dict[str, list[float]] = {name: [] for name in run}
-    totals: dict[str, list[float]] = {name: [] for name in run}
     with working(f"{rounds} rounds of {tokens} tokens"):
-        for _ in range(rounds):
-            for name, call in run.items():
-                clock, started = TokenClock(), time.perf_counter()
-                call(**arguments, streamer=clock)
-                totals[name].append(time.perf_counter() - started)
-                seconds[name] += clock.seconds()
+        seconds, totals = _take_turns(run, arguments, rounds)
     engine.generate(**arguments, tokenizer=tokenizer, trace=True)
     return {
         name: {
@@ -115,6 +97,38 @@ def _compare(
         }
         for name in run
     }
+
+
+def _take_turns(
+    run: Mapping[str, Callable[..., object]], arguments: Mapping[str, object], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each contender's tokens after the first, and of its whole calls."""
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    totals: dict[str, list[float]] = {name: [] for name in run}
+    for _ in range(rounds):
+        for name, call in run.items():
+            clock, started = TokenClock(), time.perf_counter()
+            call(**arguments, streamer=clock)
+            totals[name].append(time.perf_counter() - started)
+            seconds[name] += clock.seconds()
+    return seconds, totals
+
+
+def _show(measured: Mapping[str, Mapping[str, object]], exits: ExitStats, title: str) -> None:
+    """Texts, exits, and a table of times."""
+    screen = console()
+    for contender in ("tide", "eager"):
+        screen.print(f"{contender}: {measured[contender]['text']}\n", markup=False, soft_wrap=True)
+    screen.print(exits.summary(), markup=False)
+    table = Table("", "ms per token, mean", "median", "quartiles", "mean to inductor", "compile s", title=title)
+    for contender, m in measured.items():
+        first, middle, third = m["quartiles_ms"]
+        ratio = m["mean_ms"] / measured["inductor"]["mean_ms"]
+        compiling = "" if contender == "eager" else f"{m['compile_seconds']:.0f}"
+        spread = f"{first:.1f} to {third:.1f}"
+        table.add_row(contender, f"{m['mean_ms']:.1f}", f"{middle:.1f}", spread, f"{ratio:.2f}", compiling)
+    screen.print(table)
+    screen.print(_machine(), style="dim", markup=False)
 
 
 def _machine() -> str:

@@ -49,7 +49,7 @@ def _problems() -> Iterator[str]:
     compiler = os.environ.get("CXX", "g++")
     if not torch.cuda.is_available() and not any(map(shutil.which, (compiler, "clang++"))):
         yield "no C++ compiler: Inductor needs one on a CPU. Install g++, or set CXX to yours."
-    if "tide" not in torch._dynamo.list_backends(exclude_tags=()):
+    if "tide" not in torch.compiler.list_backends(exclude_tags=()):
         yield "torch does not know the backend 'tide' in a new process: install the package (pip install -e .)."
 
 

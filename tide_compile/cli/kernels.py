@@ -1,4 +1,4 @@
-"""show_kernels: what ``tide kernels`` prints."""
+"""``tide kernels``: every Triton kernel built for every GPU, as a table."""
 
 from __future__ import annotations
 

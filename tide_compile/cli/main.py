@@ -54,9 +54,9 @@ def calibrate(
     steps: Annotated[int | None, typer.Option(min=0, help="Of distillation, per checkpoint; default 200.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put texts into the model's chat template.")] = False,
     max_disagreement: Annotated[
-        float | None, typer.Option(help="Choose thresholds that promise at most this share of other tokens.")
+        float | None, typer.Option(help="Certify thresholds for at most this share of other tokens.")
     ] = None,
-    confidence: Annotated[float, typer.Option(help="Of the promise.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="Of the certificate.")] = 0.95,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to measure it on.")] = 500,
     dtype: Dtype = "fp32",
     json: Json = False,
@@ -105,12 +105,12 @@ def tune(
     The exit code is 1 if no point keeps what was asked for.
     """
     with one_line_errors(debug):
-        from tide_compile.cli.tune import tune_model
+        from tide_compile.cli.tune import Asked, tune_model
 
-        found = tune_model(model, router=router, device=device, data=data, prompts=prompts, max_new_tokens=tokens,
-                           chat=chat, max_disagreement=max_disagreement, min_speedup=min_speedup, plot=plot, save=save,
-                           dtype=dtype, as_json=json)  # fmt: skip
-        if not found:
+        asked = Asked(model, router=router, device=device, data=data, prompts=prompts, max_new_tokens=tokens, chat=chat,
+                      max_disagreement=max_disagreement, min_speedup=min_speedup, plot=plot, save=save,
+                      dtype=dtype)  # fmt: skip
+        if not tune_model(asked, json):
             raise typer.Exit(1)
 
 

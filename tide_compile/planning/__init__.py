@@ -1,1 +1,1 @@
-"""Planning: what tokens cost, and what can be had for which disagreement."""
+"""Planning: what tokens cost, what exits would bring on a device, and what can be had for which disagreement."""

@@ -1,15 +1,11 @@
-"""tune: which checkpoints and thresholds to use, from measurements on a model's own text.
+"""find_frontier: what can be had at which disagreement, and how fast, from measurements on a model's own text.
 
-Every set of checkpoints is screened on scores of the model's own tokens, whose exits are turned into time with measured
-costs; the fastest at each level of disagreement are then measured on generations of their own, on other prompts.
-
-Shapes: T tokens, C checkpoints, S sequence, H hidden, V vocabulary.
+The checkpoints and thresholds that ``choose`` finds in the scores of some prompts are measured on generations of their
+own, on other prompts.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,28 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from tide_compile.config import TIDEConfig
-from tide_compile.errors import ConfigError
 from tide_compile.generation.engine import TIDE
-from tide_compile.kernels.route import normalise_reference
-from tide_compile.model.decoder import find_decoder
+from tide_compile.planning.choose_checkpoints import LEVELS, choose, read_scores
 from tide_compile.planning.token_costs import TokenCosts, time_decoding
 from tide_compile.reference import eager_reference
 from tide_compile.routers.bank import RouterBank
-from tide_compile.text.self_text import continue_prompts
-from tide_compile.text.sources import calibration_texts
 from tide_compile.thresholds.agreement import measure_agreement
 from tide_compile.thresholds.certify import CERTIFICATE
-from tide_compile.thresholds.price import simulate_exits, thresholds_at
-
-log = logging.getLogger("tide_compile")
-
-LEVELS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)  # of disagreement, at first sight
-_PRICES = torch.logspace(-2.5, 1, 36).tolist()
-_SETS = 8  # checkpoints, up to which every set of them is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,86 +45,6 @@ class Point:
     exits: dict[int, float]
     speedup: float | None = None
     perplexity: float | None = None
-
-
-@torch.no_grad()
-def read_scores(
-    model: nn.Module,
-    bank: RouterBank,
-    config: TIDEConfig,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int = 64,
-    batch_size: int = 32,
-) -> tuple[Tensor, Tensor]:
-    """What each router says of each token that the full model writes after ``prompts``, and whether leaving there would
-    have been right.
-
-    Returns:
-        scores [T, C] fp32 and correct [T, C] bool, checkpoints in the order of ``bank.layers``.
-    """
-    decoder, captured, parts = find_decoder(model), {}, []
-    projections = {} if config.exit_strategy == "identity" else bank.projections
-    prompts = [list(prompt) for prompt in prompts]
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        for prompt, row in zip(batch, continue_prompts(model, batch, max_new_tokens, sample=False), strict=True):
-            ids = torch.tensor(row, device=decoder.device)
-            with decoder.on_layers(lambda layer, _, state: captured.__setitem__(layer, state[0])):
-                model.forward(input_ids=ids[None], use_cache=False)
-            written = slice(len(prompt) - 1, len(row) - 1)
-            scores, correct = [], []
-            for layer in bank.layers:
-                state = captured[layer][written]
-                left = projections[layer](state.cpu()) if layer in projections else state
-                normed = normalise_reference(state.float().cpu(), *_norm(bank))
-                scores.append(bank.routers[layer](normed))
-                correct.append((decoder.logits(left.to(decoder.device)).argmax(-1) == ids[len(prompt) :]).cpu())
-            parts.append((torch.stack(scores, 1), torch.stack(correct, 1)))
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-
-
-def choose(
-    scores: Tensor,
-    correct: Tensor,
-    layers: Sequence[int],
-    num_layers: int,
-    costs: TokenCosts,
-    levels: Sequence[float] = LEVELS,
-) -> list[dict[int, float]]:
-    """Thresholds worth measuring: of all sets of checkpoints, the fastest at each level of disagreement. A checkpoint
-    that costs more than it saves is in none of them.
-
-    Args:
-        scores, correct: [T, C]. levels: shares of tokens, 0..1.
-
-    Returns:
-        At most one for each level, none twice, none that is slower than the model without exits.
-    """
-    screened = []
-    for chosen in checkpoint_sets(layers):
-        columns = [list(layers).index(layer) for layer in chosen]
-        for price in _PRICES:
-            thresholds = thresholds_at(price, chosen, num_layers)
-            wrong, exits = simulate_exits(scores[:, columns], correct[:, columns], thresholds)
-            screened.append((costs.seconds(exits), wrong, thresholds))
-    found = []
-    for level in sorted(levels):
-        seconds, _, thresholds = min(
-            (s for s in screened if s[1] <= level), key=lambda s: s[0], default=(math.inf, 0, {})
-        )
-        if seconds < costs.off and thresholds not in found:
-            found.append(thresholds)
-    return found
-
-
-def checkpoint_sets(layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """All sets of up to eight checkpoints; of more, those of every ``min_layers`` and every interval."""
-    if len(layers) <= _SETS:
-        sizes = range(1, len(layers) + 1)
-        return [chosen for size in sizes for chosen in itertools.combinations(layers, size)]
-    spaced = (tuple(layers[first::step]) for first in range(len(layers)) for step in range(1, len(layers) + 1))
-    return list(dict.fromkeys(spaced))
 
 
 def measure_point(
@@ -190,7 +95,7 @@ def find_frontier(
     """The frontier: what can be had at each level of disagreement.
 
     Args:
-        model: uncompiled. prompts: token ids; every second one screens, the others measure.
+        model: uncompiled. prompts: token ids; every second one is for ``choose``, the others measure.
         texts: token ids, for the perplexity. levels: see ``choose``.
 
     Returns:
@@ -248,39 +153,9 @@ def perplexity(
     return math.exp(total / count)
 
 
-def _norm(bank: RouterBank) -> tuple[Tensor, Tensor | None, float, bool]:
-    return bank.norm.weight, bank.norm.bias, bank.norm.eps, bank.norm.layer_norm
-
-
-_TEXTS, _TEXT_TOKENS = 16, 256  # for the perplexity
-
-
-def tuning_data(bank: RouterBank, data: str | None) -> tuple[str, int]:
-    """Where prompts come from, and how many calibration rows of it to pass over.
-
-    Raises:
-        ConfigError: nothing is given, and the routers do not say what they were made of.
-    """
-    made_of = bank.metadata.get("data")
-    source = data or made_of
-    if not isinstance(source, str) or source == "list":
-        raise ConfigError("these routers do not say what they were made of: give --data.")
-    seen = bank.metadata.get("config", {}).get("calibration_samples", 0)
-    return source, seen if source == made_of else 0
-
-
-def perplexity_texts(source: str, tokenizer: object) -> list[list[int]]:
-    """Token ids of some texts; none where the model's own samples are all there is."""
-    texts = next((s for s in source.split("+") if s != "self"), None)
-    if texts is None:
-        return []
-    ids = tokenizer(list(calibration_texts(texts, _TEXTS)), truncation=True, max_length=_TEXT_TOKENS)["input_ids"]
-    return [row for row in ids if len(row) > 1]
-
-
-def time_point(model: object, bank: RouterBank, point: Point, prompt: list[int]) -> dict[str, float]:
-    """Speed of a point as it will be used, compiled for its own checkpoints, on one prompt: median times without exits
-    over with them."""
+def time_point(model: nn.Module, bank: RouterBank, point: Point, prompt: list[int]) -> dict[str, float]:
+    """Speed of a point as it will be used, compiled for its own checkpoints, on one prompt: mean times of a token
+    without exits and with them, and the first over the second."""
     used = TIDE(model, replace(bank, thresholds=point.thresholds))
     plain = TIDE(model, None, TIDEConfig(exit_threshold=1.0))
     found = time_decoding({"off": (plain, None), "on": (used, None)}, prompt, tokens=64)
@@ -289,8 +164,8 @@ def time_point(model: object, bank: RouterBank, point: Point, prompt: list[int])
 
 
 def save_point(bank: RouterBank, point: Point, path: Path, device: str | None) -> None:
-    """A router file with the thresholds of a point, whose speed was predicted if there is a ``device``; a promise that
-    was about others is taken out."""
+    """A router file with the thresholds of a point, whose speed was predicted if there is a ``device``; a
+    certificate, which was about others, is taken out."""
     kept = {n: value for n, value in bank.metadata.items() if n != CERTIFICATE}
     tuned = {**asdict(point), "device": device}
     replace(bank, thresholds=point.thresholds, metadata={**kept, "tuned": tuned}).save(path)

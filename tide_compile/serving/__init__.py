@@ -1,5 +1,6 @@
-"""Serving: an OpenAI-compatible application around one engine, and its metrics."""
+"""Serving: an OpenAI-compatible application around one engine."""
 
 from tide_compile.serving.app import build_app
+from tide_compile.serving.worker import one_thread
 
-__all__ = ["build_app"]
+__all__ = ["build_app", "one_thread"]

@@ -1,4 +1,4 @@
-"""serving: an OpenAI-compatible HTTP application around one engine.
+"""build_app: an OpenAI-compatible HTTP application around one engine.
 
 The engine has one cache, so requests are generated one after the other, by one thread; those that come meanwhile wait
 in a bounded line. Weights, compiled code and cache are shared by all.

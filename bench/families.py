@@ -1,0 +1,9 @@
+"""python -m bench.families: tide against the eager reference on every causal language model of transformers.
+
+The matrix is a test of correctness and lies in ``tests.families.matrix``: see there. Here it has the name of before.
+"""
+
+from tests.families.matrix import main
+
+if __name__ == "__main__":
+    main()
