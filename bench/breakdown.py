@@ -24,13 +24,7 @@ from bench.support.report import show
 from tide_compile import RouterBank
 from tide_compile.runtime.piece_times import EXECUTOR
 
-PARTS = {
-    "prologue": "prologue",
-    "segment": "segments",
-    "project": "projections",
-    "fill": "fill",
-    "epilogue": "epilogue",
-}
+PARTS = ("prologue", "segments", "projections", "fill", "epilogue")
 
 
 def parts_of_token(step: Callable[[], float]) -> dict[str, float]:
@@ -40,10 +34,10 @@ def parts_of_token(step: Callable[[], float]) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for name, seconds in times.seconds.items():
         if name != EXECUTOR:
-            found[PARTS[name.split("_")[0]]] += sum(seconds)
+            found[times.parts[name]] += sum(seconds)
             found["calls"] += len(seconds)
     executor = sum(times.seconds[EXECUTOR])
-    pieces = sum(found[part] for part in PARTS.values())
+    pieces = sum(found[part] for part in PARTS)
     return found | {"whole": whole, "guards": whole - executor, "executor": executor - pieces}
 
 
@@ -72,7 +66,7 @@ def main() -> None:
         for name, step in steps.items():
             found[name].append(parts_of_token(step))
     rows = []
-    for part in ("whole", "guards", "executor", *PARTS.values()):
+    for part in ("whole", "guards", "executor", *PARTS):
         medians = [statistics.median(token.get(part, 0.0) for token in found[name]) for name in ways]
         rows.append([part, *(f"{m * 1e3:.2f}" for m in medians)])
     rows.append(["calls", *(f"{found[name][0]['calls']:.0f}" for name in ways)])

@@ -3,7 +3,7 @@
 The matrix is a test of correctness and lies in ``tests.families.matrix``: see there. Here it has the name of before.
 """
 
-from tests.families.matrix import main
+import runpy
 
 if __name__ == "__main__":
-    main()
+    runpy.run_module("tests.families.matrix", run_name="__main__")

@@ -93,7 +93,7 @@ def show_devices(devices: Sequence[Device]) -> None:
         return f"{statistics.median(values):.0f} ({values[0]:.0f} to {values[-1]:.0f})"
 
     few = [f"{rows}: {told(lambda d, i=i: d.few[i][1])}" for i, (rows, _) in enumerate(devices[0].few)]
-    print(f"GB/s of weights: {told(lambda d: d.bandwidth)}, of keys: {told(lambda d: d.keys)}")
+    print(f"GB/s of weights: {told(lambda d: d.streaming)}, of keys: {told(lambda d: d.keys)}")
     print(f"GFLOP/s of products of rows: {', '.join(few)}; of attention: {told(lambda d: d.attention)}", flush=True)
 
 

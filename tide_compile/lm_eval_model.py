@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tide_compile.cli.output import record_of
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import ConfigError, MissingExtraError, NoRouterError
 from tide_compile.generation.engine import TIDE
@@ -92,7 +91,7 @@ class TideLM(HFLM):
         """As ``hf``, with the exits so far as ``tide``; the harness asks after a run, and they are logged then."""
         stats = self.engine.stats
         _log.info("exits of this run\n%s", stats.summary())
-        return super().get_model_info() | {"tide": record_of(stats)}
+        return super().get_model_info() | {"tide": stats.to_dict()}
 
     def _loglikelihood_tokens(self, requests: list[tuple[object, list[int], list[int]]], *args, **kwargs):
         seen = slice(-(self.max_length + 1), None)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tide_compile.calibration.calibrate import calibrate
 from tide_compile.cli.demo_model import demo_model_file
 from tide_compile.cli.model_inputs import encode
-from tide_compile.cli.output import console, print_json, record_of, working
+from tide_compile.cli.output import console, print_json, working
 from tide_compile.config import TIDEConfig
 from tide_compile.generation.compiled_generate import routed_through
 from tide_compile.generation.engine import TIDE
@@ -57,7 +57,7 @@ def run_demo(
         print_json(
             {
                 "model": path, "machine": _machine(), "calibration_seconds": calibration, "prompt": PROMPT,
-                "contenders": measured, "exits": record_of(engine.last_stats),
+                "contenders": measured, "exits": engine.last_stats.to_dict(),
             }
         )  # fmt: skip
         return

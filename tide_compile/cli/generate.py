@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TextStreamer, set_seed
 
 from tide_compile.cli.model_inputs import encode, open_engine
-from tide_compile.cli.output import console, notes, print_json, record_of, size_of, working
+from tide_compile.cli.output import console, notes, print_json, size_of, working
 from tide_compile.kernels.cpu.packed_weights import packed_bytes
 from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
 
@@ -41,7 +41,7 @@ def generate_text(
         depths = {str(layer): n for layer, n in engine.last_trace.depths().items()}
         print_json(
             {
-                "model": name, "texts": texts, "seconds": seconds, "exits": record_of(engine.last_stats),
+                "model": name, "texts": texts, "seconds": seconds, "exits": engine.last_stats.to_dict(),
                 "generated_tokens_by_layer": depths, "html": html, "packed_bytes": packed_bytes(),
             }
         )  # fmt: skip

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from tide_compile.runtime.exit_stats import ExitStats
-
 
 def console() -> Console:
     """For results."""
@@ -37,18 +35,6 @@ def working(what: str) -> Iterator[None]:
 def print_json(record: object) -> None:
     """A record as JSON on stdout, whatever the terminal."""
     sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
-
-
-def record_of(stats: ExitStats) -> dict[str, object]:
-    """Statistics as plain values."""
-    return {
-        "tokens": stats.total_tokens,
-        "exit_rate": stats.exit_rate,
-        "mean_depth": stats.mean_depth,
-        "num_layers": stats.num_layers,
-        "layers_saved": stats.layers_saved,
-        "exits_per_layer": {str(layer): n for layer, n in sorted(stats.exits_per_layer.items())},
-    }
 
 
 def size_of(count: float) -> str:

@@ -54,16 +54,22 @@ class Executor:
         self.plan = plan
         slots = _slots_of(program)
 
-        def step(piece: Piece | None) -> _Step | None:
+        def step(part: str, piece: Piece | None) -> _Step | None:
             if piece is None:
                 return None
             read = _reader([slots[name] for name in piece.inputs])
-            return _Step(piece.name, runnables[piece], read, tuple(slots[name] for name in piece.outputs))
+            return _Step(piece.name, part, runnables[piece], read, tuple(slots[name] for name in piece.outputs))
 
-        self._prologue, self._epilogue = step(program.prologue), step(program.epilogue)
+        self._prologue, self._epilogue = step("prologue", program.prologue), step("epilogue", program.epilogue)
         self._segments = tuple(
-            _SegmentSteps(i, *map(step, (s.plain, s.masked, s.compact, s.project, s.fill)), s.checkpoint)
-            for i, s in enumerate(program.segments)
+            _SegmentSteps(
+                index,
+                *(step("segments", piece) for piece in (segment.plain, segment.masked, segment.compact)),
+                step("projections", segment.project),
+                step("fill", segment.fill),
+                segment.checkpoint,
+            )
+            for index, segment in enumerate(program.segments)
         )
         self._hidden, self._active, self._valid, self._out = (slots[n] for n in (HIDDEN, ACTIVE, VALID, OUT))
         self._score, self._leave, self._counts, self._rows = (slots[n] for n in (SCORE, LEAVE, COUNTS, ROWS))
@@ -159,16 +165,17 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A compiled piece and the slots of the environment that it reads and writes."""
+    """A compiled piece, what part of a pass it is, and the slots of the environment that it reads and writes."""
 
     name: str
+    part: str
     run: Callable[..., tuple]
     read: Callable[[Environment], tuple]
     write: tuple[int, ...]
 
     def __call__(self, env: Environment) -> None:
         times = active_times()
-        with nullcontext() if times is None else times.timed(self.name):
+        with nullcontext() if times is None else times.timed(self.name, self.part):
             for slot, value in zip(self.write, self.run(*self.read(env)), strict=True):
                 env[slot] = value
 

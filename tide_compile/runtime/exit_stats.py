@@ -91,6 +91,17 @@ class ExitStats:
         lines.append(f"  Mean depth: {self.mean_depth:.1f} of {self.num_layers} layers, {self.layers_saved:.1%} saved")
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, object]:
+        """The figures as plain values."""
+        return {
+            "tokens": self.total_tokens,
+            "exit_rate": self.exit_rate,
+            "mean_depth": self.mean_depth,
+            "num_layers": self.num_layers,
+            "layers_saved": self.layers_saved,
+            "exits_per_layer": {str(layer): n for layer, n in sorted(self.exits_per_layer.items())},
+        }
+
     def add_layers(self, num_layers: int, layers: torch.Tensor) -> None:
         """Count tokens by the layer [T] that each left after; ``num_layers`` - 1 for one that ran them all."""
         left = layers[layers < num_layers - 1]

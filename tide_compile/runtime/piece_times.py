@@ -1,4 +1,4 @@
-"""Times: how long the pieces of a forward pass take, and the tokens of a generation."""
+"""Times: how long the pieces of a forward pass take."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ EXECUTOR = "executor"  # a whole forward pass behind Dynamo's guards
 
 @dataclass(slots=True)
 class Times:
-    """Seconds by name, one entry per run: of ``executor`` (all of a call that follows Dynamo's guards) and of the
-    pieces in it: ``prologue``, ``segment_<i>``, ``segment_<i>.masked``, ``segment_<i>.compact``, ``project_<layer>``,
-    ``fill_<layer>`` and ``epilogue``."""
+    """How long what ran has taken.
+
+    Attributes:
+        seconds: by name, one entry per run: of ``executor`` (all of a call that follows Dynamo's guards) and of the
+            pieces in it.
+        parts: what each piece is: ``prologue``, ``segments``, ``projections``, ``fill`` or ``epilogue``.
+    """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Time a block."""
+    def timed(self, name: str, part: str | None = None) -> Iterator[None]:
+        """Time a block; ``part``: what of a pass it is, if it is a piece."""
         _wait()
         started = time.perf_counter()
         yield
         _wait()
         self.seconds.setdefault(name, []).append(time.perf_counter() - started)
+        if part is not None:
+            self.parts[name] = part
 
 
 _times: ContextVar[Times | None] = ContextVar("tide_times", default=None)
