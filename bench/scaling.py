@@ -28,7 +28,7 @@ from bench.support.models import SMOLLM2, load_model
 from bench.support.report import Timing, interleave, show, timed
 from tide_compile import RouterBank
 from tide_compile.kernels.cpu.attention import ROWS
-from tide_compile.lowering.machine import measure_decoding
+from tide_compile.lowering.machine import measure_decoding, measure_machine
 from tide_compile.passes.graph.cost import Device
 from tide_compile.planning.forecast import CostModel, find_device
 
@@ -81,6 +81,7 @@ def measure(cases: Sequence[Case], model: nn.Module, rounds: int) -> list[list[o
 
 
 def device_now(model: nn.Module) -> Device:
+    measure_machine.cache_clear()
     measure_decoding.cache_clear()
     return find_device("cpu", model.dtype, model.config)
 
