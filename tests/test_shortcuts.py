@@ -6,7 +6,7 @@ import torch
 from tests.support.models import HIDDEN, LAYERS, shortcuts, tiny
 from tests.test_calibrate import CONFIG, run, texts
 from tide_compile import RouterBank, TIDEConfig, eager_reference, synthetic_routers
-from tide_compile.calibration import distil_shortcuts as refine
+from tide_compile.calibration.distil_shortcuts import distil_shortcuts, divergence_with_exits
 from tide_compile.calibration.fit_maps import fit_shortcut
 from tide_compile.errors import ConfigError
 from tide_compile.model.decoder import find_decoder
@@ -48,17 +48,16 @@ def test_refining_helps_the_tokens_that_stay():
     bank.shortcuts = {n: s._replace(weight=s.weight * 0, bias=s.bias * 0) for n, s in shortcuts().items()}
     rows = [Row(row, 0, held_out=i % 5 == 4) for i, row in enumerate(ids.tolist())]
     decoder, held_out = find_decoder(model), [row.ids for row in rows if row.held_out]
-    parts = {layer: dict(s.tensors) for layer, s in bank.shortcuts.items()}
     with torch.no_grad():
-        before = refine._divergence(decoder, bank, parts, held_out, 0.5).item()
-    found = refine.distil_shortcuts(decoder, bank, rows, 40, seed=0)
-    again = refine.distil_shortcuts(decoder, bank, rows, 40, seed=0)
+        before = divergence_with_exits(decoder, bank, bank.shortcuts, held_out, 0.5).item()
+    found = distil_shortcuts(decoder, bank, rows, 40, seed=0)
+    again = distil_shortcuts(decoder, bank, rows, 40, seed=0)
     with torch.no_grad():
-        after = refine._divergence(decoder, bank, {n: dict(s.tensors) for n, s in found.items()}, held_out, 0.5).item()
+        after = divergence_with_exits(decoder, bank, found, held_out, 0.5).item()
     assert 0 < after < before
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(found[n].weight, again[n].weight) for n in found)
-    assert refine.distil_shortcuts(decoder, bank, rows, 0, seed=0) is bank.shortcuts
+    assert distil_shortcuts(decoder, bank, rows, 0, seed=0) is bank.shortcuts
 
 
 @pytest.mark.parametrize(

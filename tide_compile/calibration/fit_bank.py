@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tide_compile.calibration.fit_maps import distil, factor, fit_affine, fit_shortcut, kl
+from tide_compile.calibration.fit_maps import distil, factor, fit_affine, fit_shortcut
 from tide_compile.calibration.statistics import Collected, Reservoir
 from tide_compile.calibration.train_routers import calibration_error, fit_probe, reliability, train_router
-from tide_compile.calibration.training import mixed_precision
+from tide_compile.calibration.training import kl, mixed_precision
 from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
 from tide_compile.kernels.route import normalise_reference
 from tide_compile.model.decoder import Decoder
