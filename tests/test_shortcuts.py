@@ -83,7 +83,7 @@ def test_calibration_makes_them(changes, layers):
 
 
 def test_keeping_some_checkpoints():
-    """Is the same as not using the others. Catches a shortcut that is dropped, and a promise that was about others."""
+    """Is the same as not using the others. Catches a shortcut that is dropped, and a certificate of others."""
     model = tiny("rmsnorm-rope-gqa")
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     curves = {"table": [{"layer": 0}, {"layer": 1}], "reliability": {"0": [], "1": [{}]}}

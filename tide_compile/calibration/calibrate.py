@@ -27,7 +27,7 @@ from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import attach
 from tide_compile.routers.settings import placed
 from tide_compile.text.corpus import Corpus
-from tide_compile.thresholds.certify import certify, testing
+from tide_compile.thresholds.certify import certify, count_tested
 from tide_compile.thresholds.risk_control import check_bound
 from tide_compile.thresholds.sweep import sweep_prices
 
@@ -92,7 +92,7 @@ def calibrate(
     }
     config = placed(replace(config, **{n: v for n, v in changes.items() if v is not None}))
     if max_disagreement is not None:
-        check_bound(max_disagreement, confidence, testing(num_prompts))
+        check_bound(max_disagreement, confidence, count_tested(num_prompts))
     source = config.calibration_dataset if dataset is None else dataset
     if not isinstance(source, str | Path | list | tuple):
         source = list(itertools.islice(source, config.calibration_samples + num_prompts))  # it is read more than once

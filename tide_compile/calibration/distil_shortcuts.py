@@ -19,6 +19,7 @@ from tide_compile.reference import eager_reference
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.networks import Projection
 from tide_compile.text.corpus import Row
+from tide_compile.text.padding import right_padded
 from tide_compile.thresholds.price import thresholds_at
 
 _ROWS, _LENGTH = 4, 128  # of a step
@@ -65,9 +66,8 @@ def divergence_with_exits(
 ) -> Tensor:
     """Of what the tokens of ``texts`` predict where they may leave, with these ``shortcuts`` and the thresholds of a
     ``price``, from what they predict where none leaves: in nats, mean over the tokens."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(decoder.device)
-    mask = nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], batch_first=True)
-    arguments = {"input_ids": ids, "attention_mask": mask.to(decoder.device), "use_cache": False}
+    ids, mask = right_padded(texts, decoder.device)
+    arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     precision = mixed_precision(decoder.device, decoder.dtype)
     with torch.no_grad(), precision:
         wanted = decoder.model.forward(**arguments).logits

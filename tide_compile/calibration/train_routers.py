@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tide_compile.calibration.training import descend, kl
+from tide_compile.routers.metadata import ReliabilityRow
 from tide_compile.routers.networks import ProbeRouter, TokenRouter
 
 _PATIENCE = 5  # epochs without improvement on held-out tokens
@@ -99,9 +100,9 @@ def _reduced_rank(states: Tensor, logits: Tensor, rank: int) -> tuple[Tensor, Te
     return first, second, mean_y - second @ (first @ mean_x)
 
 
-def reliability(scores: Tensor, labels: Tensor) -> list[dict[str, float]]:
+def reliability(scores: Tensor, labels: Tensor) -> list[ReliabilityRow]:
     """Tokens by score, in ten equal intervals: their number, mean score and share of label 1."""
-    rows = []
+    rows: list[ReliabilityRow] = []
     for index in range(_BINS):
         low, high = index / _BINS, (index + 1) / _BINS
         inside = (scores >= low) & ((scores < high) | (index == _BINS - 1))
@@ -118,7 +119,7 @@ def reliability(scores: Tensor, labels: Tensor) -> list[dict[str, float]]:
     return rows
 
 
-def calibration_error(curve: list[dict[str, float]]) -> float:
+def calibration_error(curve: list[ReliabilityRow]) -> float:
     """Expected calibration error of a ``reliability`` curve: the mean distance of score and agreement over tokens."""
     total = sum(row["tokens"] for row in curve)
     return sum(row["tokens"] * abs(row["score"] - row["agreement"]) for row in curve) / max(1, total)
