@@ -212,8 +212,8 @@ def test_memory_does_not_grow_with_the_texts():
 import resource, sys
 sys.path.insert(0, {root!r})
 from tests.test_calibrate import run, texts, tiny
-from tide_compile import gather
-gather._TOKENS = 1024  # the sample is full in both runs
+from tide_compile.calibration import collect_states
+collect_states.TOKENS = 1024  # the sample is full in both runs
 number = int(sys.argv[1])
 run(tiny("rmsnorm-rope-gqa"), (t for _ in range(number) for t in texts(10, 64)), num_samples=10 * number)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
