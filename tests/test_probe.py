@@ -7,8 +7,9 @@ from tests.support.compare import check, threshold_between
 from tests.support.models import FEW, SETTINGS, probing, tiny
 from tide_compile import RouterBank
 from tide_compile.calibration.fit_maps import distil, divergence, factor, fit_affine
+from tide_compile.calibration.quality import calibration_error, reliability
 from tide_compile.calibration.statistics import Gram
-from tide_compile.calibration.train_routers import calibration_error, fit_probe, reliability, train_router
+from tide_compile.calibration.train_routers import fit_probe, train_router
 from tide_compile.kernels.probe import probe_features
 from tide_compile.routers.networks import ProbeRouter, Projection
 

@@ -115,6 +115,11 @@ def distil(
     return detached(current)
 
 
+def projected(projection: Projection | None, states: Tensor) -> Tensor:
+    """[T, H] -> [T, H] fp32; None is the identity."""
+    return states.float() if projection is None else projection(states)
+
+
 @torch.no_grad()
 def divergence(
     projection: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, head: Head, device: object

@@ -1,4 +1,4 @@
-"""train_routers: routers and their probes from a bounded sample of tokens, and how far their scores can be trusted.
+"""train_routers: routers, and the probes that some of them look through, from a bounded sample of tokens.
 
 Shapes: T tokens, H hidden, D width of a router, R rank, K probe vocabulary.
 """
@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tide_compile.calibration.training import descend, kl
-from tide_compile.routers.metadata import ReliabilityRow
 from tide_compile.routers.networks import ProbeRouter, TokenRouter
 
 _PATIENCE = 5  # epochs without improvement on held-out tokens
 _EPOCHS = 30
 _PROBE_STEPS, _PROBE_BATCH, _PROBE_RATE = 1000, 512, 3e-4  # a batch in tokens
-_BINS = 10  # of the reliability curve
 
 
 def train_router(
@@ -98,31 +96,6 @@ def _reduced_rank(states: Tensor, logits: Tensor, rank: int) -> tuple[Tensor, Te
     first = ((vectors / root) @ left[:, :rank] * half).T.float()
     second = (right[:rank].T * half).float()
     return first, second, mean_y - second @ (first @ mean_x)
-
-
-def reliability(scores: Tensor, labels: Tensor) -> list[ReliabilityRow]:
-    """Tokens by score, in ten equal intervals: their number, mean score and share of label 1."""
-    rows: list[ReliabilityRow] = []
-    for index in range(_BINS):
-        low, high = index / _BINS, (index + 1) / _BINS
-        inside = (scores >= low) & ((scores < high) | (index == _BINS - 1))
-        if inside.any():
-            rows.append(
-                {
-                    "from": low,
-                    "to": high,
-                    "tokens": int(inside.sum()),
-                    "score": round(scores[inside].mean().item(), 4),
-                    "agreement": round(labels[inside].float().mean().item(), 4),
-                }
-            )
-    return rows
-
-
-def calibration_error(curve: list[ReliabilityRow]) -> float:
-    """Expected calibration error of a ``reliability`` curve: the mean distance of score and agreement over tokens."""
-    total = sum(row["tokens"] for row in curve)
-    return sum(row["tokens"] * abs(row["score"] - row["agreement"]) for row in curve) / max(1, total)
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
