@@ -19,6 +19,7 @@ from tide_compile.calibration.statistics import Collected
 from tide_compile.config import TIDEConfig
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import attach
+from tide_compile.routers.metadata import SCREEN
 from tide_compile.text.corpus import Corpus
 from tide_compile.thresholds.certify import certify, count_tested
 from tide_compile.thresholds.risk_control import check_bound
@@ -111,7 +112,7 @@ def _fit(request: Request, collected: Collected, progress: bool) -> RouterBank:
     rows = request.corpus.sample(request.limit)
     bank.shortcuts = distil_shortcuts(decoder, bank, rows, config.distillation_steps, seed, progress)
     held_out = [row for row in rows if row.held_out]
-    bank.metadata["screen"] = sweep_prices(decoder, bank, config, held_out or rows)
+    bank.metadata[SCREEN] = sweep_prices(decoder, bank, config, held_out or rows)
     bank.metadata |= {
         "config": config.to_dict(),
         **request.facts,

@@ -1,5 +1,6 @@
-"""fit_maps: exit projections, from a checkpoint's state to the one behind the last layer, and shortcuts, from one layer
-to the next; both in closed form, and projections by distillation after it.
+"""fit_maps: exit projections (from a checkpoint's state to the last one) and shortcuts (past one layer).
+
+Both are fitted in closed form; projections are distilled after it.
 
 Shapes: T tokens, H hidden, V vocabulary, R rank.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final, TypedDict
 
-SCREEN: Final = "screen"
+SCREEN: Final = "screen"  # what thresholds/sweep.py has found
 CERTIFICATE: Final = "certificate"
 
 TableRow = TypedDict(

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: what its exits will see, and no data is needed."""
+"""self_text: text that a model writes itself: what its exits will see, and no data is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exits cost and save on text that the model writes itself, per prompt, against the model without exits.
+"""agreement: what exits cost and save on text that the model writes itself, against the model without exits.
 
 Shapes: B batch, G generated tokens.
 """

@@ -1,5 +1,4 @@
-"""certify: thresholds with a certificate, "on new prompts, at most this share of the tokens is another than the
-model's".
+"""certify: thresholds with a certificate, "on new prompts, at most this share of tokens is another than the model's".
 
 The unit is a prompt, its loss the share of generated tokens that disagree; prompts have to be exchangeable with those
 to come. The statistics are in ``risk_control.py``.
