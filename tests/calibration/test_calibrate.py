@@ -86,7 +86,7 @@ sys.path.insert(0, {root!r})
 from tests.support.calibration import run, texts
 from tests.support.models import tiny
 from tide_compile.calibration import collect_states
-collect_states._TOKENS = 1024  # the sample is full in both runs
+collect_states.TOKENS = 1024  # the sample is full in both runs
 number = int(sys.argv[1])
 run(tiny("rmsnorm-rope-gqa"), (t for _ in range(number) for t in texts(10, 64)), num_samples=10 * number)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

@@ -6,7 +6,7 @@ import torch
 from tests.support.calibration import CONFIG, run, texts
 from tests.support.models import HIDDEN, LAYERS, shortcuts, tiny
 from tide_compile import RouterBank, TIDEConfig, eager_reference, synthetic_routers
-from tide_compile.calibration.distil_shortcuts import _divergence, distil_shortcuts
+from tide_compile.calibration.distil_shortcuts import distil_shortcuts, divergence_with_exits
 from tide_compile.calibration.fit_maps import fit_shortcut
 from tide_compile.errors import ConfigError
 from tide_compile.model.decoder import find_decoder
@@ -48,13 +48,12 @@ def test_refining_helps_the_tokens_that_stay():
     bank.shortcuts = {n: s._replace(weight=s.weight * 0, bias=s.bias * 0) for n, s in shortcuts().items()}
     rows = [Row(row, 0, held_out=i % 5 == 4) for i, row in enumerate(ids.tolist())]
     decoder, held_out = find_decoder(model), [row.ids for row in rows if row.held_out]
-    parts = {layer: dict(s.tensors) for layer, s in bank.shortcuts.items()}
     with torch.no_grad():
-        before = _divergence(decoder, bank, parts, held_out, 0.5).item()
+        before = divergence_with_exits(decoder, bank, bank.shortcuts, held_out, 0.5).item()
     found = distil_shortcuts(decoder, bank, rows, 40, seed=0)
     again = distil_shortcuts(decoder, bank, rows, 40, seed=0)
     with torch.no_grad():
-        after = _divergence(decoder, bank, {n: dict(s.tensors) for n, s in found.items()}, held_out, 0.5).item()
+        after = divergence_with_exits(decoder, bank, found, held_out, 0.5).item()
     assert 0 < after < before
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(found[n].weight, again[n].weight) for n in found)
@@ -84,7 +83,7 @@ def test_calibration_makes_them(changes, layers):
 
 
 def test_keeping_some_checkpoints():
-    """Is the same as not using the others. Catches a shortcut that is dropped, and a promise that was about others."""
+    """Is the same as not using the others. Catches a shortcut that is dropped, and a certificate of others."""
     model = tiny("rmsnorm-rope-gqa")
     bank = RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     curves = {"table": [{"layer": 0}, {"layer": 1}], "reliability": {"0": [], "1": [{}]}}

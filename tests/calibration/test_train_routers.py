@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tide_compile.calibration.train_routers import calibration_error, fit_probe, reliability, train_router
+from tide_compile.calibration.quality import calibration_error, reliability
+from tide_compile.calibration.train_routers import fit_probe, train_router
 from tide_compile.routers.networks import ProbeRouter, TokenRouter
 
 

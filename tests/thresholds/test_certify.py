@@ -1,4 +1,4 @@
-"""A promise about thresholds, and the measurements that it rests on."""
+"""Certificates of thresholds, and the measurements that they rest on."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,6 +1,6 @@
-"""gather: one pass of the model over a corpus, shard by shard, resumable and shared out among processes.
+"""collect_states: one pass of the model over a corpus, shard by shard, resumable and shared out among processes.
 
-Shapes: B batch, S sequence, T tokens, C layers, H hidden.
+Shapes: B batch, S sequence, T tokens, C watched layers, H hidden.
 """
 
 from __future__ import annotations
@@ -11,65 +11,53 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tide_compile.calibration.processes import rank_and_world
+from tide_compile.calibration.request import Request
 from tide_compile.calibration.statistics import Collected, Gram, Reservoir
 from tide_compile.errors import CalibrationDataError
 from tide_compile.files import write_tensors
 from tide_compile.model.decoder import Decoder
-from tide_compile.text.corpus import Corpus, Row
+from tide_compile.text.corpus import Row
 
 log = logging.getLogger("tide_compile")
 
-_TOKENS = 20_480  # kept for training routers and projections, a quarter as many for judging them
+TOKENS = 20_480  # kept for training routers and projections, a quarter as many for judging them
 _BYTES = 1 << 30  # and at most this much memory for both
 
 
 @torch.no_grad()
-def collect_states(
-    decoder: Decoder,
-    corpus: Corpus,
-    layers: tuple[int, ...],
-    limit: int,
-    *,
-    moments: tuple[int, ...],
-    batch_size: int,
-    partial: Path | None,
-    signature: dict[str, object],
-    progress: bool,
-) -> Collected:
-    """Run the model over up to ``limit`` rows of the corpus.
+def collect_states(request: Request, batch_size: int, progress: bool) -> Collected:
+    """Run the model over the texts of a calibration, ``batch_size`` rows at a time.
 
-    Within ``torch.distributed`` each process takes every W-th shard, and all get the whole result.
-
-    Args:
-        layers: the C layers whose states are kept. moments: those of them that second moments are kept of.
-        batch_size: rows at a time.
-        partial: file that holds what is done so far, written after every shard; an interrupted run goes on from there
-            if ``signature`` is the same.
+    Within ``torch.distributed`` each process takes every W-th shard, and all get the whole result. What is done so far
+    is written to ``request.partial`` after every shard; an interrupted run goes on from there if its signature is the
+    same.
 
     Raises:
         CalibrationDataError: the texts cannot be had, or are too few.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    collected = _empty(decoder, layers, moments)
-    if partial is not None:
-        partial = partial.with_name(f"{partial.name}.{rank}-of-{world}")
+    rank, world = rank_and_world()
+    collected, signature, partial = _empty(request), request.signature(), None
+    if request.partial is not None:
+        partial = request.partial.with_name(f"{request.partial.name}.{rank}-of-{world}")
         _resume(collected, partial, signature)
-    bar = tqdm(desc="calibrate", total=limit, initial=collected.rows, unit="row", disable=not progress or rank != 0)
-    for number, shard in enumerate(corpus.shards(limit)):
+    bar = tqdm(
+        desc="calibrate", total=request.limit, initial=collected.rows, unit="row", disable=not progress or rank != 0
+    )
+    for number, shard in enumerate(request.corpus.shards(request.limit)):
         if number < collected.shards or number % world != rank:
             continue
         rows = shard()
-        _run(decoder, layers, rows, batch_size, collected, torch.Generator().manual_seed(hash((corpus.seed, number))))
+        dice = torch.Generator().manual_seed(hash((request.corpus.seed, number)))
+        _take_in(rows, request.decoder, batch_size, collected, dice)
         collected.shards, collected.rows = number + 1, collected.rows + len(rows)
         bar.update(len(rows))
         if partial is not None:
-            state = {"signature": signature, "shards": collected.shards, "rows": collected.rows}
-            write_tensors(partial, collected.tensors(), {"tide": json.dumps(state)})
+            _write(collected, partial, signature)
     bar.close()
     if world > 1:
         collected.merge_processes()
@@ -87,11 +75,18 @@ def forget(partial: Path | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def _empty(decoder: Decoder, layers: tuple[int, ...], moments: tuple[int, ...]) -> Collected:
-    width, hidden, dtype = len(layers) + 1, decoder.hidden_dim, decoder.dtype
-    capacity = max(256, min(_TOKENS, int(_BYTES / 1.25 / (width * hidden * dtype.itemsize))))
+def _empty(request: Request) -> Collected:
+    decoder, width = request.decoder, len(request.watched) + 1
+    hidden, dtype = decoder.hidden_dim, decoder.dtype
+    capacity = max(256, min(TOKENS, int(_BYTES / 1.25 / (width * hidden * dtype.itemsize))))
+    moments = () if request.config.exit_strategy == "identity" else request.layers
     grams = {layer: Gram(hidden, decoder.device) for layer in moments}
-    return Collected(layers, grams, *(Reservoir(n, width, hidden, dtype) for n in (capacity, capacity // 4)))
+    return Collected(request.watched, grams, *(Reservoir(n, width, hidden, dtype) for n in (capacity, capacity // 4)))
+
+
+def _write(collected: Collected, partial: Path, signature: dict[str, object]) -> None:
+    state = {"signature": signature, "shards": collected.shards, "rows": collected.rows}
+    write_tensors(partial, collected.tensors(), {"tide": json.dumps(state)})
 
 
 def _resume(collected: Collected, partial: Path, signature: dict[str, object]) -> None:
@@ -111,10 +106,8 @@ def _resume(collected: Collected, partial: Path, signature: dict[str, object]) -
     log.info("going on after %d rows of an interrupted calibration", collected.rows)
 
 
-def _run(
-    decoder: Decoder, layers: tuple[int, ...], rows: list[Row], batch_size: int, into: Collected, dice: torch.Generator
-) -> None:
-    wanted, captured = (*layers, len(decoder.layers) - 1), {}
+def _take_in(rows: list[Row], decoder: Decoder, batch_size: int, into: Collected, dice: torch.Generator) -> None:
+    wanted, captured = (*into.layers, len(decoder.layers) - 1), {}
 
     def capture(layer: int, entered: Tensor, state: Tensor) -> None:
         if layer in wanted:
@@ -129,7 +122,7 @@ def _run(
             states = torch.stack([captured[layer] for layer in wanted], 2)  # [B, S, C + 1, H]
             fitting = states[((counted > 0) & ~held_out[:, None]).to(decoder.device)]  # [T, C + 1, H]
             for layer, gram in into.grams.items():
-                gram.add(fitting[:, layers.index(layer)], fitting[:, -1])
+                gram.add(fitting[:, into.layers.index(layer)], fitting[:, -1])
             into.train.add(fitting, dice)
             into.held_out.add(states[((counted > 0) & held_out[:, None]).to(decoder.device)], dice)
 

@@ -1,32 +1,30 @@
-"""refine: shortcuts trained for what they are there for, the tokens that come after one that has left.
+"""distil_shortcuts: train shortcuts for what they are there for, the tokens that come after one that has left.
 
 Shapes: B batch, S sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from tide_compile.calibration.fit_maps import kl
-from tide_compile.calibration.training import mixed_precision
+from tide_compile.calibration.training import descend, detached, kl, mixed_precision, trainable
 from tide_compile.config import TIDEConfig
 from tide_compile.model.decoder import Decoder
 from tide_compile.reference import eager_reference
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.networks import Projection
 from tide_compile.text.corpus import Row
+from tide_compile.text.padding import right_padded
 from tide_compile.thresholds.price import thresholds_at
 
 _ROWS, _LENGTH = 4, 128  # of a step
 _RATE = 8e-4
-_CHECKS = 4  # times that held-out rows judge
-_JUDGED = 4  # batches of them
+_JUDGED = 4  # batches of held-out rows
 _PRICES = (0.5, 1.0)  # of exits, between careful and bold
 
 
@@ -45,61 +43,46 @@ def distil_shortcuts(
     training, judging = ([row.ids[:_LENGTH] for row in rows if row.held_out is held] for held in (False, True))
     if not steps or not bank.shortcuts or not training or not judging:
         return bank.shortcuts
+    shortcuts = {layer: trainable(shortcut, decoder.device) for layer, shortcut in bank.shortcuts.items()}
+    batches = [judging[start : start + _ROWS] for start in range(0, min(len(judging), _ROWS * _JUDGED), _ROWS)]
     generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        n: {k: nn.Parameter(t.to(decoder.device, torch.float32).clone()) for k, t in s.tensors.items()}
-        for n, s in bank.shortcuts.items()
-    }
-    flat = [p for found in tensors.values() for p in found.values()]
-    optimizer = torch.optim.Adam(flat, lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    judged = [judging[start : start + _ROWS] for start in range(0, _ROWS * _JUDGED, _ROWS) if judging[start:]]
 
-    def held_out() -> float:
-        with torch.no_grad():
-            return sum(_divergence(decoder, bank, tensors, batch, _PRICES[0]).item() for batch in judged) / len(judged)
+    def losses(step: int) -> Iterator[Tensor]:
+        chosen = torch.randint(len(training), (_ROWS,), generator=generator).tolist()
+        yield divergence_with_exits(decoder, bank, shortcuts, [training[i] for i in chosen], _PRICES[step % 2])
 
+    def judge() -> float:
+        found = [divergence_with_exits(decoder, bank, shortcuts, batch, _PRICES[0]).item() for batch in batches]
+        return sum(found) / len(found)
+
+    parameters = [p for shortcut in shortcuts.values() for p in shortcut if p is not None]
     with _weights_held(decoder.model):
-        best, kept = held_out(), bank.shortcuts
-        for step in tqdm(range(1, steps + 1), "shortcuts", unit="step", disable=not progress):
-            chosen = torch.randint(len(training), (_ROWS,), generator=generator).tolist()
-            with torch.enable_grad():
-                loss = _divergence(decoder, bank, tensors, [training[i] for i in chosen], _PRICES[step % 2])
-                gradients = torch.autograd.grad(loss, flat, allow_unused=True) if loss.requires_grad else ()
-            for parameter, gradient in zip(flat, gradients, strict=False):
-                parameter.grad = gradient
-            optimizer.step()
-            schedule.step()
-            if step % -(-steps // _CHECKS) == 0 or step == steps:
-                found = held_out()
-                if found < best:
-                    best = found
-                    kept = {
-                        n: Projection(**{k: p.detach().cpu().clone() for k, p in found.items()})
-                        for n, found in tensors.items()
-                    }
-    return kept
+        descend(parameters, losses, steps, _RATE, judge, "shortcuts" if progress else None)
+    return {layer: detached(shortcut) for layer, shortcut in shortcuts.items()}
 
 
-def _divergence(
-    decoder: Decoder, bank: RouterBank, tensors: dict[int, dict[str, Tensor]], texts: list[list[int]], price: float
+def divergence_with_exits(
+    decoder: Decoder, bank: RouterBank, shortcuts: Mapping[int, Projection], texts: list[list[int]], price: float
 ) -> Tensor:
-    """In nats, mean over the tokens."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True).to(decoder.device)
-    mask = nn.utils.rnn.pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], batch_first=True)
-    arguments = {"input_ids": ids, "attention_mask": mask.to(decoder.device), "use_cache": False}
+    """Of what the tokens of ``texts`` predict where they may leave, with these ``shortcuts`` and the thresholds of a
+    ``price``, from what they predict where none leaves: in nats, mean over the tokens."""
+    ids, mask = right_padded(texts, decoder.device)
+    arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     precision = mixed_precision(decoder.device, decoder.dtype)
     with torch.no_grad(), precision:
         wanted = decoder.model.forward(**arguments).logits
     bank = replace(bank, thresholds=thresholds_at(price, bank.layers, bank.num_layers))
     with eager_reference(decoder.model, bank, TIDEConfig(kv_cache_strategy="shortcut"), decoder) as reference:
-        for layer, found in tensors.items():
-            if layer in reference.settings.shortcuts:
-                reference.settings.shortcuts[layer] = {n: p.to(decoder.dtype) for n, p in found.items()}
+        used = reference.settings.shortcuts
+        used |= {n: _in_dtype(shortcuts[n], decoder.dtype) for n in shortcuts.keys() & used.keys()}
         with precision:
             ours = decoder.model(**arguments).logits  # [B, S, V]
     real = mask.bool().to(ours.device)
     return kl(ours[real], wanted[real])
+
+
+def _in_dtype(shortcut: Projection, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {n: t.to(dtype) for n, t in shortcut.tensors.items()}
 
 
 @contextmanager

@@ -1,68 +1,65 @@
-"""fit: from what was gathered to a bank of exit projections and routers, with a table of how good they are.
+"""fit_bank: from collected states to a bank of exit projections and routers, with a table of how good they are.
 
 Shapes: T tokens, C checkpoints, H hidden, V vocabulary, K probe vocabulary.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tide_compile.calibration.fit_maps import distil, factor, fit_affine, fit_shortcut, kl
+from tide_compile.calibration.fit_maps import distil, factor, fit_affine, fit_shortcut, projected
+from tide_compile.calibration.quality import calibration_error, decision_quality, projection_quality, reliability
 from tide_compile.calibration.statistics import Collected, Reservoir
-from tide_compile.calibration.train_routers import calibration_error, fit_probe, reliability, train_router
+from tide_compile.calibration.train_routers import fit_probe, train_router
 from tide_compile.calibration.training import mixed_precision
 from tide_compile.config import DEFAULT_THRESHOLD, TIDEConfig
-from tide_compile.kernels.route import normalise_reference
 from tide_compile.model.decoder import Decoder
-from tide_compile.model.norm import Norm
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.networks import ProbeRouter, Projection, TokenRouter
 
 _ROWS = 256  # rows through the head at a time
-_JUDGED = 2048  # held-out tokens on which projections are compared
 
 
 @torch.no_grad()
 def fit_bank(
     decoder: Decoder, layers: tuple[int, ...], collected: Collected, config: TIDEConfig, seed: int, progress: bool
 ) -> RouterBank:
-    """Projections and routers for the checkpoints after ``layers``.
+    """Projections and routers for the checkpoints after ``layers``, and closed-form shortcuts.
 
     Returns:
         The bank. ``metadata["table"]`` has a row per checkpoint, on held-out tokens, ``metadata["reliability"]`` the
         curve of its scores.
     """
-    norm = decoder.final_norm()
-    bank = RouterBank({}, norm, len(decoder.layers), metadata={"table": [], "reliability": {}})
+    bank = RouterBank({}, decoder.final_norm(), len(decoder.layers), metadata={"table": [], "reliability": {}})
     train, held_out = collected.train, collected.held_out
     full = {part: _predictions(decoder, part.at(-1)) for part in (train, held_out)}
     seen = None if config.router_kind == "mlp" else _logits_of_frequent(decoder, train, full[train], config)
+    threshold = DEFAULT_THRESHOLD if config.exit_threshold is None else config.exit_threshold
     for layer in tqdm(layers, "fit", unit="checkpoint", disable=not progress):
-        states_of = functools.partial(collected.states, layer=layer)
         projections = _projections(decoder, collected, layer, config, seed)
         projection = projections[config.exit_strategy if config.exit_strategy in projections else "affine"]
+        agreement = _agreement(decoder, collected, layer, projection, full)  # [T] of 0 and 1, of each part
+        labels = agreement if config.calibration_label == "agreement" else _converged(collected, layer, config)
+        normed = {part: bank.norm(collected.states(part, layer)) for part in full}
+        router = _router(config, normed[train], seen, seed)
+        train_router(router, (normed[train], labels[train]), (normed[held_out], labels[held_out]), seed)
+        score = router(normed[held_out])
+        curve = reliability(score, labels[held_out])
         if projection is not None:
             bank.projections[layer] = projection
-        project = projection or _identity
-        agreement = {part: (_predictions(decoder, project(states_of(part))) == full[part]).float() for part in full}
-        labels = agreement if config.calibration_label == "agreement" else _converged(collected, layer, config)
-        states = {part: _normed(states_of(part), norm) for part in full}
-        router = _router(config, states[train], seen, seed)
-        train_router(router, (states[train], labels[train]), (states[held_out], labels[held_out]), seed)
         bank.routers[layer] = router
-        score = router(states[held_out])
-        curve = reliability(score, labels[held_out])
         bank.metadata["reliability"][str(layer)] = curve
         bank.metadata["table"].append(
-            {"layer": layer}
-            | _quality(decoder, projections, states_of(held_out), held_out.at(-1))
-            | _row(score, labels[held_out], agreement[held_out], config)
-            | {"calibration error": round(calibration_error(curve), 3)}
+            {
+                "layer": layer,
+                **projection_quality(decoder, projections, collected.states(held_out, layer), held_out.at(-1)),
+                **decision_quality(score, labels[held_out], agreement[held_out], threshold),
+                "calibration error": round(calibration_error(curve), 3),
+            }
         )
     bank.shortcuts = _shortcuts(collected, config)
     return bank
@@ -71,7 +68,7 @@ def fit_bank(
 def _projections(
     decoder: Decoder, collected: Collected, layer: int, config: TIDEConfig, seed: int
 ) -> dict[str, Projection | None]:
-    """By the names of ``exit_strategy``; identity is None."""
+    """By the names of ``exit_strategy``; identity is None. The one that will be used is distilled."""
     found: dict[str, Projection | None] = {"identity": None}
     if not collected.grams:
         return found
@@ -108,6 +105,7 @@ def _head(decoder: Decoder) -> Callable[[Tensor], Tensor]:
 
 
 def _router(config: TIDEConfig, normed: Tensor, seen: Tensor | None, seed: int) -> TokenRouter:
+    """Untrained; with a probe fitted to logits ``seen`` [T, K], where there are some, from ``normed`` states [T, H]."""
     hidden_dim = normed.shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -126,55 +124,23 @@ def _logits_of_frequent(decoder: Decoder, part: Reservoir, predictions: Tensor, 
     return torch.cat([logits.float().cpu() for logits in rows])
 
 
-def _quality(
-    decoder: Decoder, projections: dict[str, Projection | None], states: Tensor, targets: Tensor
-) -> dict[str, float]:
-    """Top-1 agreement, divergence in nats and cosine of each kind of projection, on held-out tokens."""
-    row: dict[str, float] = {}
-    states, targets = states[:_JUDGED], targets[:_JUDGED]
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in projections}
-    for x, y in zip(states.split(_ROWS), targets.split(_ROWS), strict=True):
-        wanted = decoder.logits(y.to(decoder.device)).float()
-        for name, projection in projections.items():
-            projected = (projection or _identity)(x)
-            logits = decoder.logits(projected.to(decoder.device)).float()
-            same = (logits.argmax(-1) == wanted.argmax(-1)).double().sum().cpu()
-            cosine = torch.nn.functional.cosine_similarity(projected, y.float(), dim=-1).double().sum()
-            sums[name] += torch.stack([same, kl(logits, wanted).double().cpu() * len(x), cosine])
-    for name, found in sums.items():
-        same, divergence, cosine = (found / len(states)).tolist()
-        row |= {f"{name} top-1": round(same, 3), f"{name} KL": round(divergence, 3), f"{name} cosine": round(cosine, 3)}
-    return row
-
-
-def _row(score: Tensor, label: Tensor, agreement: Tensor, config: TIDEConfig) -> dict[str, float | None]:
-    threshold = DEFAULT_THRESHOLD if config.exit_threshold is None else config.exit_threshold
-    leave = score > threshold
-    return {
-        "top-1 agreement": round(agreement.mean().item(), 3),
-        "label rate": round(label.mean().item(), 3),
-        f"exits at {threshold}": round(leave.float().mean().item(), 3),
-        "their agreement": round(agreement[leave].mean().item(), 3) if leave.any() else None,
-    }
-
-
 def _predictions(decoder: Decoder, states: Tensor) -> Tensor:
     """The model's next token [T] for states [T, H] behind the last layer."""
     return torch.cat([decoder.logits(rows.to(decoder.device)).argmax(-1).cpu() for rows in states.split(_ROWS)])
 
 
+def _agreement(
+    decoder: Decoder, collected: Collected, layer: int, projection: Projection | None, full: dict[Reservoir, Tensor]
+) -> dict[Reservoir, Tensor]:
+    """Whether a projected state leads to the ``full`` model's token: [T] fp32 of 0 and 1, of each part."""
+    exited = {part: _predictions(decoder, projected(projection, collected.states(part, layer))) for part in full}
+    return {part: (exited[part] == full[part]).float() for part in full}
+
+
 def _converged(collected: Collected, layer: int, config: TIDEConfig) -> dict[Reservoir, Tensor]:
-    """The reference's label: cosine with the final state above ``convergence_threshold``."""
+    """The reference's label, as ``_agreement``: cosine with the final state above ``convergence_threshold``."""
     cosine = {
         part: torch.nn.functional.cosine_similarity(collected.states(part, layer).float(), part.at(-1).float(), dim=-1)
         for part in (collected.train, collected.held_out)
     }
     return {part: (c > config.convergence_threshold).float() for part, c in cosine.items()}
-
-
-def _normed(states: Tensor, norm: Norm) -> Tensor:
-    return normalise_reference(states, norm.weight, norm.bias, norm.eps, norm.layer_norm)
-
-
-def _identity(states: Tensor) -> Tensor:
-    return states.float()

@@ -1,24 +1,25 @@
-"""Exit projections: from a checkpoint's state to the one behind the last layer, first in closed form, then by
-distillation.
+"""fit_maps: exit projections (from a checkpoint's state to the last one) and shortcuts (past one layer).
+
+Both are fitted in closed form; projections are distilled after it.
 
 Shapes: T tokens, H hidden, V vocabulary, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tide_compile.calibration.statistics import Gram
+from tide_compile.calibration.training import descend, detached, kl, trainable
 from tide_compile.routers.networks import Projection
 
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 _BATCH = 256  # tokens in a step of distillation
 _CHUNK = 128  # of them at a time: logits over a whole vocabulary take long to find memory for
 _RATE = 1e-4
-_CHECKS = 4  # times that distillation is judged on held-out tokens
 _JUDGED = 2048  # held-out tokens that judge it
 
 Head = Callable[[Tensor], Tensor]  # states [T, H] behind the last layer -> logits [T, V], differentiable
@@ -99,30 +100,25 @@ def distil(
     Returns:
         The best of the given projection and those seen at four points of the way, by held-out divergence.
     """
-    tensors = {n: nn.Parameter(t.to(device).clone()) for n, t in projection.tensors.items()}
-    current = Projection(**tensors)
+    if not steps:
+        return projection
+    current = trainable(projection, device)
+    parameters = [p for p in current if p is not None]
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(tensors.values(), lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     judged = tuple(t[:_JUDGED] for t in held_out)
-    best, kept = divergence(current, *judged, head, device), projection
-    for step in range(1, steps + 1):
+
+    def losses(_: int) -> Iterator[Tensor]:
         chosen = torch.randint(len(train[0]), (_BATCH,), generator=generator)
         for x, y in zip(*(t[chosen].to(device).split(_CHUNK) for t in train), strict=True):
-            with torch.enable_grad():
-                loss = kl(head(current(x)), head(y).detach()) * len(x) / _BATCH
-                gradients = torch.autograd.grad(loss, list(tensors.values()))
-            for tensor, gradient in zip(tensors.values(), gradients, strict=True):  # and none for the model's weights
-                tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % -(-steps // _CHECKS) == 0 or step == steps:
-            found = divergence(current, *judged, head, device)
-            if found < best:
-                best = found
-                kept = Projection(**{n: t.detach().cpu().clone() for n, t in tensors.items()})
-    return kept
+            yield kl(head(current(x)), head(y).detach()) * len(x) / _BATCH
+
+    descend(parameters, losses, steps, _RATE, lambda: divergence(current, *judged, head, device))
+    return detached(current)
+
+
+def projected(projection: Projection | None, states: Tensor) -> Tensor:
+    """[T, H] -> [T, H] fp32; None is the identity."""
+    return states.float() if projection is None else projection(states)
 
 
 @torch.no_grad()
@@ -135,10 +131,3 @@ def divergence(
         x, y = x.to(device), y.to(device)
         total += kl(head(projection(x)), head(y)).item() * len(x)
     return total / max(1, len(states))
-
-
-def kl(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean divergence, in nats, of the distribution of logits ``ours`` [T, V] from that of ``theirs``."""
-    return nn.functional.kl_div(
-        ours.float().log_softmax(-1), theirs.float().log_softmax(-1), reduction="batchmean", log_target=True
-    )

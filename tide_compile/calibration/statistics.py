@@ -1,5 +1,6 @@
-"""Streaming statistics of hidden states: memory depends on the model, never on the number of texts, and two of them
-can be added. What comes out does not depend on how the texts were shared out among processes.
+"""statistics: sums and samples of streamed hidden states; memory depends on the model, never on the number of texts.
+
+Two of them can be added, and what comes out does not depend on how the texts were shared out among processes.
 
 Shapes: T tokens, C checkpoints, H hidden.
 """
@@ -25,6 +26,7 @@ class Gram:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """By name; writing into these changes it."""
         return {n: getattr(self, n) for n in ("count", "xx", "xy", "x", "y")}
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -74,6 +76,7 @@ class Reservoir:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """By name; writing into these changes it."""
         return {n: getattr(self, n) for n in ("states", "keys", "seen")}
 
     def __len__(self) -> int:
@@ -126,6 +129,7 @@ class Collected:
         return part.at(-1 if layer == -1 else self.layers.index(layer))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the values of ``tensors()`` of another one."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
 

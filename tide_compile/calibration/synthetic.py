@@ -1,4 +1,4 @@
-"""Routers that let a chosen share of tokens leave at chosen layers: for measuring what exits are worth, not for use."""
+"""synthetic: routers that let a chosen share of tokens leave at chosen layers, to measure what exits are worth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def synthetic_routers(
     exit_threshold: float = 0.85,
     seed: int = 0,
 ) -> RouterBank:
-    """Routers that let a chosen share of tokens leave, by chance but reproducibly: for measuring.
+    """synthetic: routers that let a chosen share of tokens leave, by chance but reproducibly: for measuring.
 
     Args:
         model: the causal language model. input_ids: [B, S], the tokens that the shares refer to.

@@ -1,19 +1,21 @@
-"""Training routers on a bounded sample of tokens, and how far their scores can be trusted.
+"""train_routers: routers, and the probes that some of them look through, from a bounded sample of tokens.
 
 Shapes: T tokens, H hidden, D width of a router, R rank, K probe vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from tide_compile.calibration.training import descend, kl
 from tide_compile.routers.networks import ProbeRouter, TokenRouter
 
 _PATIENCE = 5  # epochs without improvement on held-out tokens
 _EPOCHS = 30
-_PROBE_STEPS = 1000  # of 512 tokens
-_BINS = 10  # of the reliability curve
+_PROBE_STEPS, _PROBE_BATCH, _PROBE_RATE = 1000, 512, 3e-4  # a batch in tokens
 
 
 def train_router(
@@ -61,12 +63,26 @@ def train_router(
 
 
 def fit_probe(states: Tensor, logits: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The map of rank R from normed states [T, H] to ``logits`` [T, K] of the full model: least squares cut to its
-    largest singular values (reduced-rank regression), then distilled (Kullback-Leibler divergence within the K tokens).
+    """The map of rank R from normed states [T, H] to ``logits`` [T, K] of the full model: in closed form, then
+    distilled (Kullback-Leibler divergence within the K tokens).
 
     Returns:
         ``first`` [R, H], ``second`` [K, R], ``second_bias`` [K], fp32.
     """
+    first, second, bias = (nn.Parameter(t.contiguous()) for t in _reduced_rank(states, logits, rank))
+    generator = torch.Generator().manual_seed(seed)
+
+    def losses(_: int) -> Iterator[Tensor]:
+        batch = torch.randint(len(states), (_PROBE_BATCH,), generator=generator)
+        yield kl(nn.functional.linear(states[batch] @ first.T, second, bias), logits[batch])
+
+    descend([first, second, bias], losses, _PROBE_STEPS, _PROBE_RATE)
+    return first.detach(), second.detach(), bias.detach()
+
+
+def _reduced_rank(states: Tensor, logits: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(first, second, bias)`` of ``fit_probe``: ridge regression, cut to its largest singular values in the metric of
+    the states' covariance (reduced-rank regression, Izenman 1975); both factors of one size."""
     mean_x, mean_y = states.mean(0), logits.mean(0)
     x = (states - mean_x).double()
     gram = x.T @ x / len(x)
@@ -79,48 +95,7 @@ def fit_probe(states: Tensor, logits: Tensor, rank: int, seed: int) -> tuple[Ten
     half = sizes[:rank].sqrt()
     first = ((vectors / root) @ left[:, :rank] * half).T.float()
     second = (right[:rank].T * half).float()
-    bias = mean_y - second @ (first @ mean_x)
-    tensors = [nn.Parameter(t.contiguous()) for t in (first, second, bias)]
-    optimizer = torch.optim.Adam(tensors, lr=3e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _PROBE_STEPS)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(_PROBE_STEPS):
-        batch = torch.randint(len(states), (512,), generator=generator)
-        with torch.enable_grad():
-            ours = nn.functional.linear(states[batch] @ tensors[0].T, tensors[1], tensors[2])
-            loss = nn.functional.kl_div(
-                ours.log_softmax(-1), logits[batch].log_softmax(-1), reduction="batchmean", log_target=True
-            )
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        schedule.step()
-    return tuple(t.detach() for t in tensors)
-
-
-def reliability(scores: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """Tokens by score, in ten equal intervals: their number, mean score and share of label 1."""
-    rows = []
-    for index in range(_BINS):
-        low, high = index / _BINS, (index + 1) / _BINS
-        inside = (scores >= low) & ((scores < high) | (index == _BINS - 1))
-        if inside.any():
-            rows.append(
-                {
-                    "from": low,
-                    "to": high,
-                    "tokens": int(inside.sum()),
-                    "score": round(scores[inside].mean().item(), 4),
-                    "agreement": round(labels[inside].float().mean().item(), 4),
-                }
-            )
-    return rows
-
-
-def calibration_error(curve: list[dict[str, float]]) -> float:
-    """Expected calibration error of a ``reliability`` curve: the mean distance of score and agreement over tokens."""
-    total = sum(row["tokens"] for row in curve)
-    return sum(row["tokens"] * abs(row["score"] - row["agreement"]) for row in curve) / max(1, total)
+    return first, second, mean_y - second @ (first @ mean_x)
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:

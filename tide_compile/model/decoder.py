@@ -1,4 +1,4 @@
-"""The decoder inside a model: its layers, its final norm and its head, found by structure and by running one token.
+"""decoder: the layers, the final norm and the head of a model, found by structure and by running one token.
 
 Shapes: B batch, S sequence, H hidden, V vocabulary, N layers.
 """
@@ -6,9 +6,10 @@ Shapes: B batch, S sequence, H hidden, V vocabulary, N layers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,31 +92,35 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise LayersNotFoundError(
             f"{type(model).__name__} holds no list of decoder layers. Pass the causal language model itself."
         )
-    calls = _calls_of_one_token(model, {layer for members in lists.values() for layer in members})
+    runs = _runs_of_one_token(model, {layer for members in lists.values() for layer in members})
     returned: dict[nn.Module, list[object]] = {}
-    for module, _, output in calls:
-        returned.setdefault(module, []).append(output)
-    run = {n: tuple(layer for layer in m if layer in returned) for n, m in lists.items()}
-    run = {n: m for n, m in run.items() if len(m) > 1}
-    outer = [n for n in run if not any(n.startswith(f"{o}.") for o in run)]
-    path = max(outer, key=lambda n: sum(p.numel() for layer in run[n] for p in layer.parameters()), default=None)
-    if path is None or not all(_is_layer(returned[layer]) for layer in run[path]):
+    for run in runs:
+        returned.setdefault(run.module, []).append(run.output)
+    running = {n: tuple(layer for layer in members if layer in returned) for n, members in lists.items()}
+    path = _largest_maybe({n: members for n, members in running.items() if len(members) > 1})
+    if path is None or not all(_is_layer(returned[layer]) for layer in running[path]):
         raise LayersNotFoundError(_why_not(model, lists, returned))
-    layers = run[path]
+    layers = running[path]
     outputs = [returned[layer][0] for layer in layers]
     lengths = tuple(len(o) if isinstance(o, tuple | list) else 0 for o in outputs)
-    last = _hidden(outputs[-1])
-    behind = calls[1 + next(i for i, call in enumerate(calls) if call[0] is layers[-1]) :]
-    norm = next((m for m, entered, _ in behind if entered is not None and entered.shape == last.shape), None)
-    return Decoder(model, path, layers, last.shape[-1], norm, lengths)
+    state = _hidden(outputs[-1])
+    return Decoder(model, path, layers, state.shape[-1], _norm_behind_maybe(layers[-1], state, runs), lengths)
 
 
-def _calls_of_one_token(model: nn.Module, watched: set[nn.Module]) -> list[tuple[nn.Module, Tensor | None, object]]:
-    """Every call of a watched module or a leaf, in order of return: module, first argument if a tensor, result."""
-    calls = []
+class _Run(NamedTuple):
+    """A module that has run: its first argument, if that is a tensor, and what it returned."""
+
+    module: nn.Module
+    entered: Tensor | None
+    output: object
+
+
+def _runs_of_one_token(model: nn.Module, watched: set[nn.Module]) -> list[_Run]:
+    """Of every watched module and every leaf, in order of return."""
+    runs = []
 
     def note(module: nn.Module, args: tuple, output: object) -> None:
-        calls.append((module, args[0] if args and isinstance(args[0], Tensor) else None, output))
+        runs.append(_Run(module, args[0] if args and isinstance(args[0], Tensor) else None, output))
 
     with ExitStack() as stack:
         for module in model.modules():
@@ -123,7 +128,20 @@ def _calls_of_one_token(model: nn.Module, watched: set[nn.Module]) -> list[tuple
                 stack.callback(module.register_forward_hook(note).remove)
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         model.forward(input_ids=ids, use_cache=False)
-    return calls
+    return runs
+
+
+def _largest_maybe(lists: Mapping[str, tuple[nn.Module, ...]]) -> str | None:
+    """The name of the list with most parameters, of those that lie in no other."""
+    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    return max(outer, key=lambda n: sum(p.numel() for module in lists[n] for p in module.parameters()), default=None)
+
+
+def _norm_behind_maybe(last: nn.Module, state: Tensor, runs: Sequence[_Run]) -> nn.Module | None:
+    """The first module to run behind the last layer on a tensor of the shape of that layer's ``state``."""
+    behind = runs[1 + next(i for i, run in enumerate(runs) if run.module is last) :]
+    fits = (run.module for run in behind if run.entered is not None and run.entered.shape == state.shape)
+    return next(fits, None)
 
 
 def _why_not(model: nn.Module, lists: dict[str, tuple[nn.Module, ...]], returned: dict[nn.Module, list[object]]) -> str:

@@ -1,4 +1,4 @@
-"""Fingerprint: a name for a model's weights that does not depend on their dtype."""
+"""fingerprint: a name for a model's weights that does not depend on their dtype."""
 
 from __future__ import annotations
 

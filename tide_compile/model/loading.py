@@ -1,4 +1,4 @@
-"""Loading: a hub name, a folder or a GGUF file becomes a transformers model."""
+"""loading: a hub name, a folder or a GGUF file becomes a transformers model."""
 
 from __future__ import annotations
 

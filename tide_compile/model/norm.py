@@ -1,4 +1,4 @@
-"""The normalisation in front of the routers, and how it is learnt from a module's outputs, whatever that is called."""
+"""norm: the normalisation in front of the routers, and how it is learnt from what a module returns."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tide_compile.errors import ConfigError, RouterFileError
 from tide_compile.model.norm import Norm
+from tide_compile.routers.metadata import CERTIFICATE, SCREEN, Metadata
 from tide_compile.routers.networks import Projection, TokenRouter
 from tide_compile.routers.router_file import is_tide_inference, read_router_file, read_tide_inference, write_router_file
 
@@ -33,7 +34,7 @@ class RouterBank:
             behind it; one for each layer behind the first checkpoint but the last, or none at all.
         num_layers: layers of the model.
         fingerprint: of the model's weights; None accepts any model of that size.
-        metadata: JSON-able facts: config, data, the calibration's table.
+        metadata: how the routers were made and how good they are.
     """
 
     routers: dict[int, TokenRouter]
@@ -42,7 +43,7 @@ class RouterBank:
     projections: dict[int, Projection] = field(default_factory=dict)
     fingerprint: str | None = None
     thresholds: dict[int, float] = field(default_factory=dict)
-    metadata: dict[str, object] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=dict)
     shortcuts: dict[int, Projection] = field(default_factory=dict)
 
     @property
@@ -51,8 +52,8 @@ class RouterBank:
         return sorted(self.routers)
 
     def keep(self, layers: Iterable[int]) -> RouterBank:
-        """The bank with the checkpoints after these layers only; what its metadata says of scores and promises of all
-        of them together is left out.
+        """The bank with the checkpoints after these layers only; what its metadata says of all of them together,
+        the sweep and the certificate, is left out.
 
         Raises:
             ConfigError: there is no router after one of these layers.
@@ -65,7 +66,7 @@ class RouterBank:
             return {n: part for n, part in parts.items() if n in layers}
 
         shortcuts = {n: shortcut for n, shortcut in self.shortcuts.items() if n > min(layers, default=self.num_layers)}
-        metadata = {n: value for n, value in self.metadata.items() if n not in ("screen", "certificate")}
+        metadata = {n: value for n, value in self.metadata.items() if n not in (SCREEN, CERTIFICATE)}
         if "table" in metadata:
             metadata["table"] = [row for row in metadata["table"] if row["layer"] in layers]
         if "reliability" in metadata:

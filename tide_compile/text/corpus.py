@@ -1,4 +1,4 @@
-"""The corpus of a calibration: rows of token ids, in shards that can be made one by one and in any order.
+"""corpus: what a calibration reads, rows of token ids, in shards that can be made one by one and in any order.
 
 A shard is made when it is called, so that a resumed run, or another process, passes over it without work.
 """

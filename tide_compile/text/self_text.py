@@ -1,9 +1,11 @@
-"""Text that a model writes itself: what its exits will see, and no data is needed."""
+"""self_text: text that a model writes itself: what its exits will see, and no data is needed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from tide_compile.text.padding import left_padded
 
 QUESTION = 64  # tokens that a user's message sampled from the model has at most
 _MARK = "\u241e"
@@ -54,15 +56,6 @@ def end_tokens(model: nn.Module) -> Tensor:
     """Ids of the tokens that end a sequence, [E] int64."""
     ends = model.generation_config.eos_token_id
     return torch.tensor([] if ends is None else ends, dtype=torch.long).view(-1)
-
-
-def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask [B, S]."""
-    tensors = [torch.tensor(row) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}
-    ids = nn.utils.rnn.pad_sequence(tensors, padding_value=pad, **left)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tensors], **left)
-    return ids.to(device), mask.to(device)
 
 
 def written_length(written: Tensor, ends: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Texts to calibrate on: a data set by name, a local file, a list of strings, or what every Python carries."""
+"""sources: texts to calibrate on: a data set by name, a local file, a list of strings, or what every Python carries."""
 
 from __future__ import annotations
 

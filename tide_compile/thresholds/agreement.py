@@ -1,4 +1,4 @@
-"""What exits cost and save on text that the model writes itself, per prompt, against the model without exits.
+"""agreement: what exits cost and save on text that the model writes itself, against the model without exits.
 
 Shapes: B batch, G generated tokens.
 """
@@ -17,7 +17,8 @@ from tide_compile.model.decoder import Decoder, find_decoder
 from tide_compile.reference import eager_reference
 from tide_compile.routers.bank import RouterBank
 from tide_compile.runtime.exit_stats import ExitStats
-from tide_compile.text.self_text import end_tokens, left_padded, written_length
+from tide_compile.text.padding import left_padded
+from tide_compile.text.self_text import end_tokens, written_length
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """price: one number that sets the thresholds of all checkpoints, and what exits at it would lead to.
 
-Shapes: T tokens, C checkpoints."""
+Shapes: T tokens, C checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+
+from tide_compile.routers.metadata import SweepRow
 
 
 def thresholds_at(price: float, layers: Sequence[int], num_layers: int) -> dict[int, float]:
@@ -31,9 +34,9 @@ def simulate_exits(scores: Tensor, correct: Tensor, thresholds: Mapping[int, flo
     return 1 - right.float().mean().item(), dict(zip(thresholds, counts.tolist(), strict=True))
 
 
-def prices_for(table: list[dict[str, float]], disagreements: Sequence[float]) -> list[float]:
-    """The prices at which a ``screen`` would have found each of the disagreements, between its own prices by linear
+def prices_for(sweep: Sequence[SweepRow], disagreements: Sequence[float]) -> list[float]:
+    """The prices at which ``sweep_prices`` would have found each of the disagreements, between its own prices by linear
     interpolation; ascending and each once."""
-    measured = np.maximum.accumulate([row["disagreement"] for row in table])
-    found = np.interp(disagreements, measured, [row["price"] for row in table])
+    measured = np.maximum.accumulate([row["disagreement"] for row in sweep])
+    found = np.interp(disagreements, measured, [row["price"] for row in sweep])
     return sorted({round(price, 6) for price in found.tolist()})
