@@ -1,4 +1,4 @@
-"""fill_kv: what is left of a model behind a checkpoint when everybody has left: keys and values."""
+"""Keys and values: what is left of a model behind a checkpoint when everybody has left (``fill_kv``)."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_bench(monkeypatch, tmp_path):
     code = 'import sys\nprint(sys.argv[1:])\nif "--json" in sys.argv: open(sys.argv[-1], "w").write("[1]")\n'
     (root / "bench" / "fast.py").write_text(f'"""fast: nothing."""\nif __name__ == "__main__":\n    exec({code!r})\n')
     (root / "bench" / "wrong.py").write_text('if __name__ == "__main__":\n    raise SystemExit(2)\n')
-    monkeypatch.setattr(tide_compile, "__file__", str(root / "tide_compile" / "__init__.py"))
+    monkeypatch.setattr("tide_compile.cli.bench.ROOT", root)
     assert call("bench").stdout.split() == ["fast", "nothing.", "wrong"]
     assert "writes no JSON" in call("bench", "wrong", "--json", code=1).stderr
     assert record("bench", "fast", "--rounds", "3") == {"fast": [1]}

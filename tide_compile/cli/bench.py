@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import tide_compile
 from tide_compile.cli.output import console, print_json
 from tide_compile.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout
 
 
 def benchmarks() -> dict[str, Path]:
@@ -21,13 +22,12 @@ def benchmarks() -> dict[str, Path]:
     Raises:
         ConfigError: this is not a checkout.
     """
-    root = Path(tide_compile.__file__).resolve().parent.parent
-    if not (root / "pyproject.toml").is_file() or not (root / "bench").is_dir():
+    if not (ROOT / "pyproject.toml").is_file() or not (ROOT / "bench").is_dir():
         raise ConfigError(
             "the benchmarks are not part of the installed package: clone the repository and run `tide bench` after "
             "`pip install -e .` there."
         )
-    files = sorted((root / "bench").glob("*.py"))
+    files = sorted((ROOT / "bench").glob("*.py"))
     return {path.stem: path for path in files if '__name__ == "__main__"' in path.read_text()}
 
 
