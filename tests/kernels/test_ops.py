@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from tide_compile.kernels import compact, project, route, scatter  # noqa: F401  (registers the ops)
 from tide_compile.kernels.probe import FEATURES
 
 H, D, R = 64, 16, 8
