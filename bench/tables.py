@@ -38,7 +38,7 @@ HEADING = """# Benchmarks
 
 The tables of tide-inference's documentation, for this system and on real text. Each has its data, model, machine and
 command beside it, and can be made alone; a path in a command is given by its last two parts. What exits are worth apart
-from routers is measured by other benchmarks: see the README.
+from routers is measured by other benchmarks: see docs/results.md.
 """
 
 

@@ -1,14 +1,18 @@
-"""What is public is described."""
+"""What is public is described, and descriptions lead somewhere."""
 
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
 import tide_compile
 from tide_compile import passes
 
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 PASSES = [m.name for m in pkgutil.walk_packages(passes.__path__, f"{passes.__name__}.")]
 
 
@@ -49,3 +53,19 @@ def test_order_of_passes():
     for function in passes.REWRITES:
         assert "Before:" in function.__doc__ or "Add " in function.__doc__, function.__name__
         assert "Safe because" in function.__doc__, function.__name__
+
+
+def anchors(page):
+    """As GitHub makes them: lower case, words joined by hyphens, other signs left out."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    """Catches a page, a file or a section that has moved away from under a link."""
+    for target in re.findall(r"\]\((?!https?:|#?\))([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target

@@ -1,4 +1,4 @@
-"""What only a GPU can show of an engine. Skipped without one: nobody has seen these pass yet (README, "Kernels")."""
+"""What only a GPU can show of an engine. Skipped without one: nobody has seen these pass yet (docs/kernels.md)."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from tide_compile import TIDEConfig
 
 # how far logits may be apart, relative to the largest, and why
 RELATIVE = {
-    torch.float32: 1e-4,  # the bound that README gives; fused sums in another order give 1e-6 here
+    torch.float32: 1e-4,  # the bound of docs/architecture.md; fused sums in another order give 1e-6 here
     torch.float16: 1e-2,  # 11 bits of mantissa
     torch.bfloat16: 3e-2,  # 8 bits of mantissa, and Inductor keeps fp32 between fused operations where eager rounds
 }

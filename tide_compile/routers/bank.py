@@ -15,9 +15,6 @@ from tide_compile.routers.metadata import CERTIFICATE, SCREEN, Metadata
 from tide_compile.routers.networks import Projection, TokenRouter
 from tide_compile.routers.router_file import is_tide_inference, read_router_file, read_tide_inference, write_router_file
 
-FORMAT = "tide-routers-2"
-_IN_MODEL_DTYPE = ("first", "second", "second_bias")
-
 
 @dataclass(slots=True, eq=False)
 class RouterBank:
