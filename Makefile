@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 PYTHON := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test test-all bench docs lint clean
+.PHONY: install demo test test-off test-all bench docs lint clean
 install: $(VENV)/installed
 
 # --no-compile: Python compiles what it imports, and most of torch and transformers is never imported
@@ -20,6 +20,12 @@ demo: install  ## calibrate SmolLM2-135M, generate with exits, compare with eage
 
 test: install  ## all tests but the slow part of some grids
 	$(PYTHON) -m pytest -n 2 --dist worksteal
+
+QUICK := tests/test_semantics.py tests/test_backend.py tests/runtime tests/generation/test_engine.py \
+	tests/generation/test_finished_rows.py tests/generation/test_compiled_generate.py
+
+test-off: install  ## the quick part, with every trick that leans on torch's insides switched off
+	TIDE_DISABLE=all $(PYTHON) -m pytest -n 2 --dist worksteal $(QUICK)
 
 test-all: install
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m ""

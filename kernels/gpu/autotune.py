@@ -1,4 +1,4 @@
-"""tuned: a short list of launch configurations per kernel, pruned by size, of which the fastest is found once."""
+"""autotune: a short list of launch configurations per kernel, pruned by size, of which the fastest is found once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pages: HTML that stands alone, from the templates beside this file. No page asks the network for anything."""
+"""html: pages that stand alone, from the templates beside this file. No page asks the network for anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kept_buffers: the small temporaries of compiled code are allocated once, and not anew in each call.
+"""buffer_reuse: the small temporaries of compiled code are allocated once, and not anew in each call.
 
 Inductor's code for a CPU makes a tensor of every intermediate result and of every part of one that a loop writes: some
 50 per layer, in Python, on one core, while the memory waits.
