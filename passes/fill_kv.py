@@ -50,22 +50,22 @@ def _chain(name: str, pieces: list[Piece]) -> Piece:
     output = graph.output(())
     with graph.inserting_before(output):
         for piece in pieces:
-            for name, placeholder in _placeholders(piece):
-                if name not in inputs and name not in defined:
-                    inputs[name] = graph.node_copy(placeholder)
+            for value, placeholder in _placeholders(piece):
+                if value not in inputs and value not in defined:
+                    inputs[value] = graph.node_copy(placeholder)
             defined |= set(piece.outputs)
         values, results = dict(inputs), {}
         for piece in pieces:
-            given = {placeholder: values[name] for name, placeholder in _placeholders(piece)}
+            given = {placeholder: values[value] for value, placeholder in _placeholders(piece)}
             returned = graph.graph_copy(piece.graph.graph, given)
             results |= dict(zip(piece.outputs, returned, strict=True))
             values |= results
             constants = {n.target for n in piece.graph.graph.nodes if n.op in ("get_attr", "call_module")}
-            attributes |= {name: operator.attrgetter(name)(piece.graph) for name in constants}
+            attributes |= {target: operator.attrgetter(target)(piece.graph) for target in constants}
     results.pop(HIDDEN, None)
     output.args = (tuple(results.values()),)
     gm = GraphModule(attributes, graph)
-    names = {node.name: name for name, node in inputs.items()}
+    names = {node.name: value for value, node in inputs.items()}
     remove_dead(gm)
     taken = tuple(names[n.name] for n in gm.graph.find_nodes(op="placeholder"))
     return Piece(name, gm, taken, tuple(results), "after an exit")

@@ -61,6 +61,7 @@ def _count(value: torch.Tensor) -> int:
 
 
 def bytes_of(value: torch.Tensor) -> int:
+    """Of a tensor; of symbolic sizes, with the hint of each."""
     return _count(value) * value.element_size()
 
 

@@ -17,10 +17,10 @@ from tide_compile.cli.output import console, print_json, size_of, working
 from tide_compile.errors import TideError
 from tide_compile.files import cache_folder, router_cache
 from tide_compile.inspection.explain import explain
-from tide_compile.lowering.hooks import code_cache
 from tide_compile.lowering.machine_name import cpu_name
 from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
 from tide_compile.routers.bank import RouterBank
+from tide_compile.torch_internals.inductor import code_cache
 
 _NEEDED = ("tide-compile", "torch", "transformers", "triton", "safetensors", "datasets")
 _EXTRAS = ("gguf", "accelerate", "peft", "torchao", "matplotlib")
