@@ -1,6 +1,6 @@
 """python -m bench.quality: what exits save and what they cost, on prompts that calibration never saw.
 
-Calibrates (or takes the router files of an earlier run), certifies thresholds for each ``--promise`` on texts of
+Calibrates (or takes the router files of an earlier run), certifies thresholds for each ``--bounds`` on texts of
 ``--data`` that were not used before, and measures on the beginnings of the texts of ``--test``: the certified
 thresholds, a frontier of others, and the same for the reference's recipe (cosine label, identity exits, a router that
 sees the state only), with its own checkpoints and with these. Nothing is chosen on ``--test``.
@@ -108,7 +108,7 @@ def certified(subject: Subject, bank: RouterBank, corpus: Corpus, seen: int) -> 
     """By bound, the bank with thresholds that keep it, certified on rows behind those of the sweep."""
     args, found = subject.args, {}
     for bound in args.bounds:
-        path = args.routers / f"promise-{bound}{_suffix(args)}.safetensors"
+        path = args.routers / f"certified-{bound}{_suffix(args)}.safetensors"
         if not path.is_file():
             one = replace(bank, metadata=dict(bank.metadata))
             prompts = corpus.prompts(args.certify_prompts, seen + 2 * SWEPT)
@@ -189,7 +189,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--min-layers", type=int, default=20)
     parser.add_argument("--checkpoint-interval", type=int, default=4)
     parser.add_argument("--checkpoints", type=int, nargs="*", default=[], help="of the routers; default: all")
-    parser.add_argument("--promise", dest="bounds", metavar="BOUND", type=float, nargs="*", default=[0.02, 0.05],
+    parser.add_argument("--bounds", metavar="BOUND", type=float, nargs="*", default=[0.02, 0.05],
                         help="of disagreement to certify")  # fmt: skip
     parser.add_argument("--certify-prompts", type=int, default=1000)
     parser.add_argument("--skip", type=int, default=0, help="texts behind those of calibration not to certify on")

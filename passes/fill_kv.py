@@ -1,4 +1,4 @@
-"""Keys and values: what is left of a model behind a checkpoint when everybody has left (``fill_kv``)."""
+"""fill_kv: what is left of a model behind a checkpoint when everybody has left."""
 
 from __future__ import annotations
 

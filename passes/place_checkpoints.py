@@ -41,7 +41,7 @@ def segment_cuts(num_layers: int, checkpoints: Sequence[int], length: int | None
             down to each checkpoint is a multiple; None: the largest such number. Segments are shorter where that
             leaves no remainder at the end (30 layers, 4 to a segment: 2).
     """
-    length = math.gcd(length or 0, *(layer + 1 for layer in checkpoints))
+    length = math.gcd(length or 0, *(layer + 1 for layer in checkpoints)) or num_layers
     shared = math.gcd(length, num_layers % length)
     length = shared if shared > 1 else length
     return tuple(range(length - 1, num_layers - 1, length))

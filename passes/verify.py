@@ -32,6 +32,9 @@ def verify(program: GraphModule | Program, after: str) -> None:
         unknown = [n.name for n in placeholders if value_of(n) is None]
         _require(not unknown, after, name, f"has placeholders without a fake value: {unknown}")
         defined |= set(piece.outputs)
+    names = [piece.name for piece in program.pieces()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, after, "program", f"has several pieces of one name: {twice}")
     lost = [r for r in program.results if isinstance(r, str) and r not in defined]
     _require(not lost, after, "program", f"does not compute {lost}, which the model returns")
 

@@ -95,7 +95,7 @@ def test_shortcuts_are_asked_for_or_come_with_the_routers(model, bank, tmp_path)
             logits[strategy] = compiled(ids, use_cache=False).logits
     assert torch.equal(logits["auto"], logits["shortcut"])
     assert len({tuple(x.flatten().tolist()) for x in logits.values()}) == 3
-    config = TIDEConfig(kv_cache_strategy="shortcut")
+    config = TIDEConfig(kv_cache_strategy="shortcut", **SETTINGS)
     with pytest.raises(ConfigError, match="have none"):
         settings_of_bank(RouterBank.untrained(HIDDEN, LAYERS), config, torch.device("cpu"), torch.float32)
     del bank.shortcuts[2]

@@ -113,6 +113,12 @@ def test_rewriting_code_of_an_unchecked_torch(unchecked, monkeypatch, caplog):
     assert vars(PyCodeCache)["load_by_key_path"] is before
 
 
+def test_the_self_test_is_asked_before_compilers_are_waited_for_together(unchecked, caplog):
+    """Catches one that runs code which is still being compiled, and stays off for the rest of the process."""
+    generated()
+    assert self_test.buffers_can_be_reused() and "stays off" not in caplog.text
+
+
 def _returns_temporaries(module):
     """What a rewriter would do that keeps results, too: the second call writes into those of the first."""
     kept, call = {}, module.call

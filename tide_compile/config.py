@@ -57,13 +57,14 @@ class TIDEConfig:
         router_bottleneck_dim: width of the router's hidden layer.
         probe_rank, probe_vocabulary: size of the probe's map, and number of tokens that it knows.
         projection_rank: of ``"low_rank"`` projections, and of shortcuts.
-        distillation_steps: of 256 tokens, by which ``calibrate`` refines a projection; 0: ridge regression only.
+        distillation_steps: of 256 tokens, by which ``calibrate`` distils a projection; 0: ridge regression only.
         lowering: ``"inductor"``, or ``"eager"`` to run the pieces uncompiled (debugging, tests).
         pack_weights: on a CPU, products may read copies of their weights in the order that is fastest to multiply,
             where that is faster. Copies take as much memory again as those weights (``tide_compile.packed_bytes()``);
             values that are written in place through ``.data`` later need ``tide_compile.drop_packed()``.
         disable: names of tricks that are not used, or ``"all"``: what leans on torch's insides and changes no result
-            (``torch_internals.switches.TRICKS``). ``TIDE_DISABLE`` does the same for the whole process.
+            (``torch_internals.switches.TRICKS``). ``TIDE_DISABLE`` does the same for the whole process, and it alone
+            switches off what happens before options are read (``compiled_generate``; ``prewarm`` but in ``TIDE``).
         fallback: ``None``: a graph that TIDE cannot serve is an error. ``"inductor"``: it is compiled without exits,
             and that is logged.
 
@@ -154,7 +155,11 @@ class TIDEConfig:
 def _names(disable: object) -> tuple[str, ...]:
     """The names of tricks in ``disable``, and a check of those in the environment."""
     given = (disable,) if isinstance(disable, str) else disable
-    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+    if (
+        not isinstance(given, Collection)
+        or isinstance(given, Mapping)
+        or not all(isinstance(name, str) for name in given)
+    ):
         raise ConfigError(f"disable={disable!r} is not allowed: give names, such as ['graph_replay'].")
     for where, names in (("disable", given), ("TIDE_DISABLE", disabled_by_environment())):
         if wrong := unknown(names):

@@ -1,4 +1,4 @@
-"""What pieces of a graph cost, and when leaving rows out pays."""
+"""cost: what pieces of a graph cost."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from tests.support.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, tiny
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.errors import ConfigError
+from tide_compile.generation.static_cache import new_static_cache
 from tide_compile.passes.graph.cost import Device, PieceCost
 from tide_compile.planning.choose_checkpoints import choose
 from tide_compile.planning.forecast import CostModel, find_device, predict_costs
@@ -97,3 +98,19 @@ def test_this_machine(monkeypatch):
     device = Device(8.0, 1.0, 0.0, keys=0.5, few=((4, 2.0), (8, 4.0)))
     assert [device.for_rows(n).flops for n in (1, 4, 6, 8, 100)] == [2, 2, 3, 4, 4]
     assert PieceCost(8, 3, 1, 7).seconds(device.for_rows(8)) == 3 + 1 / 0.5
+
+
+def test_planning_leaves_nothing_behind(bank):
+    """Catches sizes of the plan's cache, which would be symbols, and slower, in what the user compiles later."""
+    model, symbols = tiny("rmsnorm-rope-gqa"), []
+
+    def backend(gm, example_inputs):
+        symbols.extend(x for x in example_inputs if isinstance(x, torch.SymInt))
+        return gm
+
+    predict_costs(model, bank, TIDEConfig(), Device(1e12, 1e10, 1e-6), 64)
+    cache = new_static_cache(model, 1, 256)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, isolate_recompiles=True)
+        compiled(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    assert symbols == []

@@ -7,7 +7,7 @@ import tide_compile
 import tide_compile.backend
 from tests.support.models import HIDDEN, LAYERS, SETTINGS, prompt
 from tide_compile import RouterBank, TIDEConfig
-from tide_compile.errors import ConfigError
+from tide_compile.errors import CheckpointError, ConfigError
 from tide_compile.routers.settings import settings_of_bank
 
 IDS, MASK = prompt(2)
@@ -48,6 +48,17 @@ def test_checkpoints_of_the_calibration():
     assert places() == (3, 5, 7, 9, 11)
     assert places(checkpoint_interval=1) == tuple(range(2, 12))
     assert places(checkpoint_interval=1, min_layers=8) == tuple(range(7, 12))
+
+
+def test_thresholds_behind_the_last_layer_are_for_nobody():
+    """Nothing is left to skip there. Catches a checkpoint that the routers name and the model cannot have."""
+    bank = RouterBank.untrained(HIDDEN, LAYERS)
+    device = torch.device("cpu")
+    bank.thresholds = {0: 0.5, LAYERS - 1: 0.5, LAYERS + 1: 0.5}
+    assert settings_of_bank(bank, TIDEConfig(), device, torch.float32).checkpoints == (0,)
+    bank.thresholds = {LAYERS - 1: 0.5}
+    with pytest.raises(CheckpointError, match="exits are possible after layers 0 to"):
+        settings_of_bank(bank, TIDEConfig(), device, torch.float32)
 
 
 def test_a_threshold_that_is_given_wins(model, bank):

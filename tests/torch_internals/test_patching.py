@@ -43,6 +43,17 @@ def test_patches_are_undone(name):
     assert vars(Owner)[name] is before
 
 
+def test_a_patch_of_somebody_else_stays():
+    """Catches one that is lost because ours was there before."""
+    before = vars(Owner)["plain"]
+    try:
+        with patched(Owner, "plain", doubling):
+            Owner.plain = theirs = lambda self, x: 5 * x
+        assert vars(Owner)["plain"] is theirs
+    finally:
+        Owner.plain = before
+
+
 def test_threads_share_a_patch():
     """Catches one thread that puts back what another still needs."""
     inside, leave = threading.Event(), threading.Event()

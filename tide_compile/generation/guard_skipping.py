@@ -41,7 +41,6 @@ class GuardSkipping:
     """
 
     def __init__(self, compiled: OptimizedModule, replays: bool = True) -> None:
-        warn_if_unchecked("guard_skipping")
         self.compiled, self.model, self._replays = compiled, original_of(compiled), replays
         self._weight = next(self.model.parameters())
         self._kind: _Kind | None = None
@@ -95,6 +94,7 @@ _skipping: ContextVar[GuardSkipping | None] = ContextVar("tide_guard_skipping", 
 @contextmanager
 def skipping_guards(skipping: GuardSkipping) -> Iterator[None]:
     """Inside, calls of ``call`` (of this thread or task) are among these calls, if they are of the same model."""
+    warn_if_unchecked("guard_skipping")
     token = _skipping.set(skipping)
     try:
         yield

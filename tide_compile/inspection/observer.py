@@ -1,4 +1,4 @@
-"""CompileObserver: who is told what happens to a graph: the log, torch's structured trace, and the dumps that are open."""
+"""observer: who is told what happens to a graph: the log, torch's structured trace, and the dumps that are open."""
 
 from __future__ import annotations
 

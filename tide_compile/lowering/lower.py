@@ -17,6 +17,7 @@ from tide_compile.lowering.compile_piece import Runnable, compile_piece
 from tide_compile.lowering.hooks import compiling_together, note_code_files
 from tide_compile.lowering.lazy_piece import LazyPiece
 from tide_compile.lowering.measure_forms import begin_measuring, fastest_forms, known_forms
+from tide_compile.lowering.self_test import buffers_can_be_reused
 from tide_compile.passes.aten.gemm_forms import Form, Linears, find_linears
 from tide_compile.passes.aten.lower_attention import LowerAttention
 from tide_compile.passes.aten.lower_linears import LowerLinears
@@ -52,6 +53,8 @@ def lower(
     if config.lowering == "eager":
         return {piece: piece.graph for piece in program.pieces()}
     pieces, tricks = list(program.pieces()), config.tricks
+    if "buffer_reuse" in tricks and not buffers_can_be_reused():  # asked while nothing else is being compiled
+        tricks -= {"buffer_reuse"}
     lowers = "lower_linears" in tricks
     found = {piece: find_linears(piece.graph.graph) if lowers else set() for piece in pieces}
     products = set().union(*found.values())

@@ -1,4 +1,4 @@
-"""Planning: what exits would bring on a device, from the graph of a model without weights."""
+"""forecast: what exits would bring on a device, from the graph of a model without weights."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tide_compile.passes.run import run
 from tide_compile.planning.token_costs import TokenCosts
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.settings import settings_of_bank
+from tide_compile.torch_internals.dynamo import forgetting_sizes
 
 _CONTEXT = 64  # tokens of the cache in the traced graph; costs grow in proportion
 _KERNEL = 4e-6  # seconds that a kernel of a CUDA GPU costs in a stream, whatever its size
@@ -163,5 +164,7 @@ def _trace(model: nn.Module, bank: RouterBank, config: TIDEConfig) -> tuple[Prog
     cache = new_static_cache(model, 1, _CONTEXT)
     ids = torch.zeros(1, 1, dtype=torch.long, device=first.device)
     # what torch.compile has made of the model before stays
-    torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)(input_ids=ids, past_key_values=cache)
+    with forgetting_sizes():
+        compiled = torch.compile(model, backend=backend, fullgraph=True, isolate_recompiles=True)
+        compiled(input_ids=ids, past_key_values=cache)
     return found[0]

@@ -131,17 +131,20 @@ def _checkpoints(
     chosen = config.exit_threshold is None and bool(bank.thresholds)
     config = placed(config, bank.metadata.get("config", {}))
     interval, minimum = config.checkpoint_interval, config.min_layers
-    if chosen:
-        return tuple(thresholds), None if thresholds else interval
-    permitted = checkpoint_layers(bank.num_layers, interval, minimum)
+    permitted = range(bank.num_layers - 1) if chosen else checkpoint_layers(bank.num_layers, interval, minimum)
     checkpoints = tuple(layer for layer in permitted if layer in thresholds)
     if thresholds and not checkpoints:
+        if chosen:
+            raise CheckpointError(
+                f"no checkpoint can be placed: the routers' thresholds are for layers {list(thresholds)}, and exits "
+                f"are possible after layers 0 to {bank.num_layers - 2}. Calibrate again."
+            )
         raise CheckpointError(
             f"no checkpoint can be placed: min_layers={minimum} and checkpoint_interval={interval} permit exits after "
             f"layers {list(permitted)} of {bank.num_layers}, the routers are for layers {list(thresholds)}. Change "
             "these options, or calibrate again with them."
         )
-    return checkpoints, interval
+    return checkpoints, None if chosen and checkpoints else interval
 
 
 def _router_tensors(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
+from torch._dynamo import eval_frame, pgo
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
+
+from tide_compile.torch_internals.versions import warn_if_unchecked
 
 NAMES = (
     "torch._dynamo.convert_frame.compile_lock",
@@ -19,6 +23,7 @@ NAMES = (
     "torch._dynamo.eval_frame._stance.stance",
     "torch._dynamo.eval_frame._stance.backend",
     "torch._dynamo.mark_static",
+    "torch._dynamo.pgo.get_code_state",
     "torch._dynamo.mark_dynamic",
     "torch._dynamo.maybe_mark_dynamic",
     "torch.nn.modules.module._has_any_global_hook",
@@ -32,6 +37,7 @@ __all__ = [
     "backend_name",
     "code_with_guards",
     "compile_lock",
+    "forgetting_sizes",
     "is_plain_call",
     "mark_dynamic",
     "mark_static",
@@ -67,6 +73,7 @@ def replace_attribute(name: str, value_of: Callable[[OptimizedModule], object | 
     inherited = OptimizedModule.__getattr__
     if getattr(inherited, _OURS, False):
         return
+    warn_if_unchecked("what wraps OptimizedModule.__getattr__")
 
     @functools.wraps(inherited)
     def getattr_(self: OptimizedModule, wanted: str) -> object:
@@ -93,6 +100,20 @@ def is_plain_call(model: nn.Module) -> bool:
     own = "forward" in vars(model) or type(model).__call__ is not nn.Module.__call__
     stance = eval_frame._stance
     return not hooks and not own and stance.stance == "default" and stance.backend is None
+
+
+@contextmanager
+def forgetting_sizes() -> Iterator[None]:
+    """Inside, Dynamo has seen no sizes of any function's arguments before, and what it sees is forgotten afterwards: a
+    size that differs between two compilations becomes a symbol in all later ones."""
+    state = pgo.get_code_state()
+    before = copy.deepcopy(dict(state))
+    state.clear()
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
 
 
 def copy_mark(tensor: Tensor, alias: Tensor) -> None:
