@@ -134,7 +134,7 @@ class Executor:
         if not leaving:
             return
         if not passed.exits:
-            env[self._out] = env[self._hidden]
+            env[self._out] = env[self._hidden].detach()  # a tensor of its own: guards tell one that is given twice
         segment.project(env)
         passed.exits[segment.checkpoint] = leaving
         if passed.remaining == 0:
@@ -157,7 +157,8 @@ class Executor:
         results = list(env)
         if self._policy.possible:
             results[self._rows] = self._policy.some_rows(results[self._valid])
-        results[self._out] = results[self._hidden] if results[self._out] is None else results[self._out]
+        if results[self._out] is None:
+            results[self._out] = results[self._hidden].detach()
         for step in (step for segment in self._segments for step in segment.after_exits()):
             # numbers are copied: a cache that counts its tokens would overflow
             step([x.clone() if isinstance(x, torch.Tensor) and x.numel() == 1 else x for x in results])
