@@ -21,8 +21,8 @@ demo: install  ## calibrate SmolLM2-135M, generate with exits, compare with eage
 test: install  ## all tests but the slow part of some grids
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
-QUICK := tests/test_backend.py tests/runtime tests/generation/test_engine.py tests/generation/test_finished_rows.py \
-	tests/test_semantics.py::test_inductor_lowering tests/test_semantics.py::test_compiled_equals_the_reference
+QUICK := tests/test_backend.py tests/runtime tests/generation/test_finished_rows.py \
+	tests/test_semantics.py::test_compiled_equals_the_reference
 
 test-off: install  ## the quick part, with every trick that leans on torch's insides switched off
 	TIDE_DISABLE=all $(PYTHON) -m pytest -n 2 --dist worksteal $(QUICK)
