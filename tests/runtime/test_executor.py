@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tide_compile
+from tests.support.compare import assert_close, threshold_between
 from tests.support.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 
@@ -46,6 +47,36 @@ def test_layers_are_not_run(batch, monkeypatch):
         for segment in segments[2:]:
             assert segment.fill not in ran
             assert segment.plain not in ran and (segment.masked is None or segment.masked not in ran)
+
+
+def test_padding_keeps_its_state():
+    """Where all have left, at two checkpoints: padding has run as far as the last of them. Catches one that stays where
+    the first left."""
+    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    ids, mask = prompt(2)
+    config = TIDEConfig(exit_threshold=0.5, compaction="never", **SETTINGS)
+    thresholds = {0: threshold_between(model, bank, 0.5, "none", 2, **{**SETTINGS, "compaction": "never"}), 1: 0.0}
+    compiled = torch.compile(model, backend="tide", options={"router": bank, **config.to_dict()})
+    by_layer = RouterBank(bank.routers, bank.norm, LAYERS)
+    by_layer.thresholds = thresholds
+    with torch.no_grad(), tide_compile.exit_threshold(thresholds), tide_compile.record_exits() as stats:
+        got = compiled(ids, attention_mask=mask, use_cache=False).logits
+    with torch.no_grad(), tide_compile.eager_reference(model, by_layer, TIDEConfig(compaction="never")):
+        want = model(ids, attention_mask=mask, use_cache=False).logits
+    assert set(stats.exits_per_layer) == {0, 1} and stats.remaining_tokens == 0 and not mask.all()
+    assert_close(got, want)
+
+
+def test_a_call_of_padding_alone():
+    """Nobody is there to leave. Catches layers that are skipped, and keys and values that nobody writes."""
+    model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
+    ids, mask = prompt(2)
+    compiled = torch.compile(model, backend="tide", options={"router": bank, "exit_threshold": 0.0, **SETTINGS})
+    with torch.no_grad():
+        got, want = (m(ids, attention_mask=torch.zeros_like(mask)) for m in (compiled, model))
+    assert_close(got.logits, want.logits)
+    for ours, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        assert_close(ours.keys, theirs.keys)
 
 
 def _noting(method, seen):

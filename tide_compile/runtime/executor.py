@@ -93,7 +93,7 @@ class Executor:
             self._form_of(segment, env, passed)(env)
             if segment.checkpoint is not None:
                 self._decide(segment, env, passed)
-                if passed.remaining == 0:
+                if passed.exits and passed.remaining == 0:  # in a call of padding alone nobody leaves
                     break
         self._merge(env, passed)
         self._epilogue(env)
@@ -145,8 +145,9 @@ class Executor:
             passed.before = passed.remaining
 
     def _merge(self, env: Environment, passed: _Pass) -> None:
-        """Rows that have left get what they left with. If all have, the state of padding does not matter."""
-        if passed.remaining == 0 and passed.exits:
+        """Rows that have left get what they left with, and padding keeps its state, which is in both if all left at one
+        checkpoint."""
+        if passed.remaining == 0 and len(passed.exits) == 1:
             env[self._hidden] = env[self._out]
         elif passed.exits:
             left = env[self._valid] & ~env[self._active]
