@@ -93,7 +93,7 @@ def test_this_machine(monkeypatch):
     """Catches keys that are not read, and products of a few rows that are taken to run as fast as large ones."""
     monkeypatch.setattr("tide_compile.lowering.machine._FEW", (16, 64))
     device = find_device("cpu", torch.bfloat16, CONFIGS["rmsnorm-rope-gqa"]())
-    assert device.keys > 0 and device.streaming > 0 and device.attention > 0
+    assert device.keys > 0 and device.streaming > 0 and device.bandwidth > 0 and device.attention > 0
     assert [rows for rows, _ in device.few] == [16, 64, 256] and device.flops == device.few[-1][1]
     device = Device(8.0, 1.0, 0.0, keys=0.5, few=((4, 2.0), (8, 4.0)))
     assert [device.for_rows(n).flops for n in (1, 4, 6, 8, 100)] == [2, 2, 3, 4, 4]

@@ -37,6 +37,7 @@ __all__ = [
     "backend_name",
     "code_with_guards",
     "compile_lock",
+    "copy_mark",
     "forgetting_sizes",
     "is_plain_call",
     "mark_dynamic",
