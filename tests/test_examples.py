@@ -15,6 +15,7 @@ import torch
 
 from tests.support.tokenizers import save_tiny
 from tide_compile import backend
+from tide_compile.calibration import calibrate
 from tide_compile.lowering.lower import lower
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -29,8 +30,11 @@ RUN = [
 
 @pytest.fixture(autouse=True)
 def fresh(folder, monkeypatch):
-    """In the place of conftest's: the router cache lasts for the module, so that not every example calibrates."""
+    """In the place of conftest's: the router cache lasts for the module, so that not every example calibrates, and
+    calibration is short."""
     monkeypatch.setenv("TIDE_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("tide_compile.calibration.train_routers._PROBE_STEPS", 100)
+    monkeypatch.setattr(calibrate, "distil_shortcuts", lambda decoder, bank, *rest: bank.shortcuts)
     torch._dynamo.reset()
 
 
@@ -64,6 +68,7 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {name for name, *_ in RUN} | {"serve.py"}
 
 
+@pytest.mark.slow
 def test_serve(tmp_path):
     """As a process, compiled, on loopback: a request, its metrics, and an end by SIGTERM with exit code 0 or by the
     signal. Catches a server that does not start, listens on other addresses, or cannot be stopped."""
