@@ -62,7 +62,7 @@ class LowerAttention(CustomGraphPass):
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, scale: float | None) -> Tensor:
     """softmax(q k^T + mask) v of q [B, heads, 1, D], k and v [B, heads or groups of them, L, D] and an additive mask,
-    [1, L] or [B, heads or 1, 1, L], in fp32; returned in the dtype of q.
+    [1, L] or [B, heads or 1, 1, L], in fp32; returned in the dtype of q. A query that sees no key has zeros.
 
     Heads that share keys have a sum each, which Inductor puts into one loop that reads every key once. Keys are split
     into parts, the outermost loop, so that threads have equal shares and a part of the values stays in a fast cache.
@@ -80,9 +80,10 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
     if mask is not None:
         mask = mask.float().expand(query.shape[0], query.shape[1], 1, -1).unflatten(3, (parts, -1))
         scores = scores + mask.unflatten(1, (-1, together)).squeeze(3).permute(2, 0, 3, 1, 4)
-    weights = torch.exp(scores - scores.amax((2, 4), keepdim=True))
+    largest = scores.amax((2, 4), keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - largest)
     sums = torch.stack([(row.unsqueeze(-1) * value).sum(3) for row in weights.unbind()]).sum(2)
-    result = sums / weights.sum((2, 4)).unsqueeze(-1)  # [together, B, groups, D]
+    result = sums / weights.sum((2, 4)).clamp(min=1).unsqueeze(-1)  # the largest weight is 1: [together, B, groups, D]
     return result.permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(2).to(query.dtype)
 
 

@@ -41,16 +41,18 @@ def test_finished_sequences_do_not_count(name):
 
 def test_finished_sequences_are_not_read():
     """``generate`` asks at every token which sequences have ended; the answer stays on the device."""
-    model = tiny("rmsnorm-rope-gqa")
-    rows = FinishedRows(model, lambda **kwargs: kwargs["attention_mask"])
-    mask = torch.ones(3, 4, dtype=torch.long)
+    rows, mask = FinishedRows(), torch.ones(3, 4, dtype=torch.long)
+
+    def seen():
+        return rows.hidden({"attention_mask": mask})["attention_mask"]
+
     with Waits() as waits:
         rows.note(torch.tensor([False, False, False]))
-        untouched = rows(attention_mask=mask)
+        untouched = seen()
         rows.note(torch.tensor([False, True, False]))
-        hidden = rows(attention_mask=mask)
+        hidden = seen()
         rows.note(torch.tensor([True, True, True]))
-        everyone = rows(attention_mask=mask)
+        everyone = seen()
     assert waits.found == []
     assert torch.equal(untouched, mask) and torch.equal(everyone, mask)
     assert hidden.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]

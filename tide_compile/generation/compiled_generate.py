@@ -9,17 +9,20 @@ this. Importing this package's backend (which ``torch.compile(backend="tide")`` 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import StoppingCriteriaList
 
 from tide_compile.errors import ConfigError
-from tide_compile.generation.finished_rows import FinishedRows
+from tide_compile.generation.generate_call import current_call, generate_call
 from tide_compile.torch_internals.dynamo import OptimizedModule, backend_name, original_of, replace_attribute
 from tide_compile.torch_internals.switches import enabled
 
+_ORIGINAL = "_tide_original"  # in a twin
 _TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
 
 
@@ -50,19 +53,43 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
                 "tide_compile.TIDE(model), or compile the transformers model inside."
             )
         twin = compiled.__dict__[_TWIN] = copy.copy(model)
-        twin._compiled_call_impl = FinishedRows(twin, call or compiled.__call__)
+        twin._compiled_call_impl = functools.partial(_forward, twin, call or compiled.__call__)
+        twin._get_stopping_criteria = functools.partial(_stopping_criteria, twin)
         twin._valid_auto_compile_criteria = lambda *_: False
+        twin.generate = functools.partial(_generate, twin)
+        vars(twin)[_ORIGINAL] = model
+        twin.__reduce_ex__ = model.__reduce_ex__  # copies and pickles are those of the model, not compiled
     return compiled.__dict__[_TWIN]
 
 
+def _generate(twin: PreTrainedModel, *args: object, **kwargs: object) -> object:
+    with generate_call(twin):
+        return type(twin).generate(twin, *args, **kwargs)
+
+
+def _forward(twin: PreTrainedModel, call: Callable[..., object], *args: object, **kwargs: object) -> object:
+    current = current_call(twin)
+    return call(*args, **(kwargs if current is None else current.rows.hidden(kwargs)))
+
+
+def _stopping_criteria(
+    twin: PreTrainedModel, generation_config: GenerationConfig, *args: object, **kwargs: object
+) -> StoppingCriteriaList:
+    criteria = type(twin)._get_stopping_criteria(twin, generation_config, *args, **kwargs)
+    current = current_call(twin)
+    beams = (generation_config.num_beams or 1) > 1
+    return criteria if current is None or beams else current.rows.watched(criteria)
+
+
 def generating_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, or the one inside a wrapper (adapters).
+    """The transformers model itself, or the one inside a wrapper (adapters, ``torch.compile``, an engine's twin).
 
     Raises:
         ConfigError: there is none, or the wrapper does more than call it.
     """
+    model = original_of(model)
     if isinstance(model, GenerationMixin):
-        return model
+        return vars(model).get(_ORIGINAL, model)
     inner = next((m for m in model.modules() if isinstance(m, GenerationMixin)), None)
     if inner is None:
         raise ConfigError(f"{type(model).__name__} holds no transformers model that generates. Pass one.")

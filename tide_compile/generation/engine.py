@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from tide_compile.config import TIDEConfig
 from tide_compile.generation.compiled_generate import generating_model, routed_through
+from tide_compile.generation.generate_call import current_call, generate_call, no_generate_call
 from tide_compile.generation.guard_skipping import GuardSkipping, call, skipping_guards
-from tide_compile.generation.static_cache import KeptCache, mark_sizes
+from tide_compile.generation.static_cache import KeptCaches, mark_sizes
 from tide_compile.generation.token_trace import TokenTrace
 from tide_compile.lowering import prewarm
 from tide_compile.routers.bank import RouterBank
@@ -26,7 +29,10 @@ from tide_compile.torch_internals.dynamo import original_of
 
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
 _GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
-_OTHER_CACHE = ("cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens")
+_OTHER_CACHE = (
+    "cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+)  # fmt: skip
 
 
 class TIDE:
@@ -78,14 +84,14 @@ class TIDE:
         with prewarm.only_if("prewarm" in tricks):
             self._compiled, self._hooks = self._compile(), _hooks_of(model)
         self.model = routed_through(self._compiled, self._forward)
-        self._cache = KeptCache(self.model)
-        self.model._prepare_static_cache = self._cache.prepare
+        self._caches = KeptCaches(self.model)
+        self.model._prepare_static_cache = self._static_cache
         self.model.generate = self._generate
         # a graph break needs Dynamo to be on, and CUDA graphs count its calls
         self._skips_guards = "guard_skipping" in tricks and self.config.fallback is None and mode is None
         self._replays = "graph_replay" in tricks
         self._recorded: set[str] = set()  # outputs that have been asked for before
-        self._lock = threading.Lock()
+        self._turn = threading.RLock()  # two forwards at once would only take each other's cores
         self.last_stats: ExitStats | None = None
         self.last_trace: TokenTrace | None = None
         self._totals = Totals()
@@ -98,24 +104,28 @@ class TIDE:
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
         """Logits [B, S, V] of token ids [B, S]; further arguments go to the model's forward."""
-        with self._counted():
+        with self._counted(), no_generate_call():
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).logits
 
-    def generate(self, input_ids: Tensor | None = None, **kwargs: object) -> object:
+    def generate(self, *args: object, **kwargs: object) -> object:
         """transformers' ``generate`` on the compiled model, with a static cache that is kept between calls.
 
-        Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) and returns what it returns.
-        ``temperature=0`` means greedy, as in the reference. Calls from several threads run one after the other.
-        ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
+        Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) in every form, and returns what
+        it returns. ``temperature=0`` means greedy, as in the reference. Calls from several threads take turns, token by
+        token. ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
 
         Raises:
             ModelChangedError: the model was changed meanwhile (by a streamer, a logits processor, ...).
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
-        if kwargs.get("use_cache") is not False and not any(kwargs.get(n) is not None for n in _OTHER_CACHE):
+        asked = self._asked(args, kwargs)
+        config = asked.get("generation_config")
+        others = (asked.get(n) for n in _OTHER_CACHE), (getattr(config, n, None) for n in _OTHER_CACHE)
+        uncached = asked.get("use_cache", getattr(config, "use_cache", None)) is False
+        if not uncached and all(value is None for given in others for value in given):
             kwargs["cache_implementation"] = "static"
-        return self._generate(input_ids, **kwargs)
+        return self._generate(*args, **kwargs)
 
     def warmup(self, batch_size: int = 1, prompt_length: int = 16, max_new_tokens: int = 64) -> float:
         """Compile everything that prompts and decoding of ``batch_size`` sequences can need, before the first request.
@@ -129,7 +139,7 @@ class TIDE:
         """
         started = time.perf_counter()
         ids = torch.ones(batch_size, prompt_length, dtype=torch.long, device=self.model.device)
-        self._cache.prepare("static", batch_size, prompt_length + max_new_tokens)
+        self._caches.give_back(self._caches.take(batch_size, prompt_length + max_new_tokens))
         with rehearsal():
             self.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_WARM_TOKENS)
         self.last_stats = None
@@ -143,39 +153,59 @@ class TIDE:
         return calibrate(*args, **kwargs)
 
     def _generate(self, *args: object, trace: bool = False, **kwargs: object) -> object:
-        """``generate`` of the twin: one call at a time, because there is one cache."""
+        """``generate`` of the twin."""
+        asked = self._asked(args, kwargs)
         if trace:
-            generation = kwargs.get("generation_config") or self.model.generation_config
-            TokenTrace.check(kwargs, kwargs.get("num_beams", generation.num_beams))
-        with self._lock, self._counted(per_token=trace):
-            skipping = GuardSkipping(self._compiled, self._replays)
-            with skipping_guards(skipping) if self._skips_guards else nullcontext():
-                result = type(self.model).generate(self.model, *args, **kwargs)
-            skipping.finish()
-            if not isinstance(result, Tensor):
-                self._cache.hand_over()  # to the caller, in the result
-            self.last_trace = self._trace(result, args, kwargs) if trace else None
+            TokenTrace.check(asked, asked.get("generation_config") or self.model.generation_config)
+        with self._counted(per_token=trace) as stats, generate_call(self.model) as call:
+            kept = call.caches
+            try:
+                skipping = GuardSkipping(self._compiled, self._replays)
+                with skipping_guards(skipping) if self._skips_guards else nullcontext():
+                    result = type(self.model).generate(self.model, *args, **kwargs)
+                skipping.finish()
+                if not isinstance(result, Tensor):
+                    kept = []  # the caller's from now on, in the result
+            finally:
+                for cache in kept:
+                    self._caches.give_back(cache)
+            self.last_trace = self._trace(stats, result, asked) if trace else None
         return result
 
-    def _trace(self, result: object, args: tuple, kwargs: dict[str, object]) -> TokenTrace | None:
-        given = [*(args[:1] or ()), kwargs.get("input_ids"), kwargs.get("inputs")]
-        prompt = next((ids for ids in given if ids is not None), None)
+    def _asked(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+        """The arguments of a ``generate`` by name."""
+        names = [*inspect.signature(type(self.model).generate).parameters][1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: object, **kwargs: object
+    ) -> Cache:
+        """In the place of transformers' ``_prepare_static_cache``, which makes a new cache for every ``generate``."""
+        call = current_call(self.model)
+        if call is None or "offloaded" in cache_implementation or self.model.config.is_encoder_decoder:
+            prepare = type(self.model)._prepare_static_cache
+            return prepare(self.model, cache_implementation, batch_size, max_cache_len, *args, **kwargs)
+        call.caches.append(self._caches.take(batch_size, max_cache_len))
+        return call.caches[-1].cache
+
+    def _trace(self, stats: ExitStats, result: object, asked: dict[str, object]) -> TokenTrace | None:
+        prompt = next((asked[n] for n in ("inputs", "input_ids") if asked.get(n) is not None), None)
         ids = result if isinstance(result, Tensor) else result.sequences
-        length = 0 if prompt is None else prompt.shape[1]
-        return TokenTrace.of(self.last_stats, ids, length, kwargs.get("tokenizer"))
+        return TokenTrace.of(stats, ids, 0 if prompt is None else prompt.shape[1], asked.get("tokenizer"))
 
     @contextmanager
-    def _counted(self, per_token: bool = False) -> Iterator[None]:
+    def _counted(self, per_token: bool = False) -> Iterator[ExitStats]:
         """The exits of the block become ``last_stats`` and part of ``stats``, also when it ends in an error."""
         hooks = _hooks_of(original_of(self._compiled))
         if hooks != self._hooks:  # Dynamo does not look for hooks that came or went
             self._compiled, self._hooks = self._compile(), hooks
         started = time.perf_counter()
-        with record_exits(per_token=per_token) as stats:
+        with record_exits(per_token=per_token, owner=self) as stats:
             self.last_stats = stats
             try:
-                yield
+                yield stats
             finally:
+                self.last_stats = stats  # also after calls inside of this one
                 self._totals.add(stats, time.perf_counter() - started)
 
     def _forward(self, *args: object, **kwargs: object) -> object:
@@ -187,7 +217,8 @@ class TIDE:
             self._recorded |= wanted
             self._hooks = _hooks_of(original_of(self._compiled))  # code that was compiled without them stays right
         mark_sizes(kwargs)
-        return call(self._compiled, *args, **kwargs)
+        with self._turn:
+            return call(self._compiled, *args, **kwargs)
 
 
 def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:

@@ -7,33 +7,22 @@ exits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import StoppingCriteriaList
 
 
 class FinishedRows:
-    """The forward of a model during ``generate`` (greedy search and sampling; beams change places).
+    """Of one ``generate`` by greedy search or sampling; beams change places."""
 
-    Args:
-        model: whose ``generate`` it is; gets a ``_get_stopping_criteria`` of its own.
-        call: the forward.
-    """
-
-    def __init__(self, model: PreTrainedModel, call: Callable[..., object]) -> None:
-        self._model, self._call = model, call
+    def __init__(self) -> None:
         self._finished: Tensor | None = None  # [B] bool; all False when all have: then nobody is held up
-        model._get_stopping_criteria = self._criteria
+        self._cache: object = None  # of the forwards of this ``generate``, as the first of them had it
+        self._begun = False
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        mask = kwargs.get("attention_mask")
-        if self._finished is not None and mask is not None:
-            masks = {n: self._hide(m) for n, m in mask.items()} if isinstance(mask, dict) else self._hide(mask)
-            kwargs["attention_mask"] = masks
-        return self._call(*args, **kwargs)
+    def watched(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+        """Criteria like these, whose verdicts are noted."""
+        return _Watched(criteria, self)
 
     def note(self, finished: Tensor) -> None:
         """``finished``: [B] bool. Nothing of it is read here: that would wait for the device at every token."""
@@ -41,10 +30,17 @@ class FinishedRows:
             finished = finished if self._finished is None else finished | self._finished
             self._finished = finished & ~finished.all()
 
-    def _criteria(self, generation_config: GenerationConfig, *args: object, **kwargs: object) -> StoppingCriteriaList:
-        self._finished = None
-        criteria = type(self._model)._get_stopping_criteria(self._model, generation_config, *args, **kwargs)
-        return criteria if (generation_config.num_beams or 1) > 1 else _Watched(criteria, self)
+    def hidden(self, kwargs: dict[str, object]) -> dict[str, object]:
+        """The arguments of a forward, with the last token of rows that have ended as padding. Forwards with another cache
+        than the first one's are those of a callback."""
+        cache = kwargs.get("past_key_values")
+        if not self._begun:
+            self._begun, self._cache = True, cache
+        mask = kwargs.get("attention_mask")
+        if self._finished is None or mask is None or cache is not self._cache:
+            return kwargs
+        masks = {n: self._hide(m) for n, m in mask.items()} if isinstance(mask, dict) else self._hide(mask)
+        return {**kwargs, "attention_mask": masks}
 
     def _hide(self, mask: Tensor | None) -> Tensor | None:
         """The last token is padding: a mask [B, L] gets a zero there, one of [B, 1, 1, L] lets it see nothing."""

@@ -1,6 +1,9 @@
-"""static_cache: the cache that an engine keeps between calls, and which sizes are compiled for."""
+"""static_cache: the caches that an engine keeps between calls, and which sizes are compiled for."""
 
 from __future__ import annotations
+
+import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,43 +15,64 @@ from tide_compile.torch_internals.dynamo import mark_static, maybe_mark_dynamic
 _SMALLEST = 256  # tokens; below that a longer cache costs nothing measurable and saves a recompilation
 
 
-class KeptCache:
-    """One static cache of a model, made anew only for another batch size, dtype or device, or more tokens."""
+class KeptCache(NamedTuple):
+    """``kind``: batch size, dtype, device and autocast of what it is for."""
+
+    cache: StaticCache
+    kind: tuple[object, ...]
+
+
+class KeptCaches:
+    """The static caches of a model: each ``generate`` has one to itself, which later ones use again.
+
+    Kept are caches of the latest kind alone, as many as calls have had at once. Any thread may call this.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._cache: StaticCache | None = None
-        self._kind: tuple[object, ...] | None = None  # batch size, dtype, device
+        self._kind: tuple[object, ...] | None = None
+        self._free: list[StaticCache] = []
+        self._lock = threading.Lock()
 
-    def prepare(
-        self, cache_implementation: str, batch_size: int, max_cache_len: int, *_: object, **__: object
-    ) -> StaticCache:
-        """In the place of transformers' ``_prepare_static_cache``, which makes a new cache for every ``generate``."""
-        kind = (batch_size, self._model.dtype, self._model.device)
-        if self._cache is not None and kind == self._kind and self._cache.get_max_length() >= max_cache_len:
-            self._cache.reset()
-            return self._cache
+    def take(self, batch_size: int, max_cache_len: int) -> KeptCache:
+        """An empty cache, until ``give_back``; a new one only for another kind or more tokens."""
+        kind = (batch_size, self._model.dtype, self._model.device, _autocast_dtype(self._model.device.type))
+        with self._lock:
+            free = self._free if kind == self._kind else []
+            fitting = next((cache for cache in free if cache.get_max_length() >= max_cache_len), None)
+            self._kind = kind
+            self._free = [cache for cache in free if cache is not fitting] if fitting else []
+        if fitting is not None:
+            fitting.reset()
+            return KeptCache(fitting, kind)
         length = max(_SMALLEST, 1 << (max_cache_len - 1).bit_length())
-        self._cache, self._kind = new_static_cache(self._model, batch_size, length), kind
+        cache = new_static_cache(self._model, batch_size, length)
         if batch_size <= FEW_ROWS:
-            for tensor in (x for layer in self._cache.layers for x in vars(layer).values() if _has_rows(x)):
+            for tensor in (x for layer in cache.layers for x in vars(layer).values() if _has_rows(x)):
                 mark_static(tensor, 0)
-        return self._cache
+        return KeptCache(cache, kind)
 
-    def hand_over(self) -> None:
-        """The cache belongs to somebody else from now on."""
-        self._cache = None
+    def give_back(self, kept: KeptCache) -> None:
+        """Nobody uses this one any more."""
+        with self._lock:
+            if kept.kind == self._kind:
+                self._free.append(kept.cache)
 
 
 def new_static_cache(model: PreTrainedModel, batch_size: int, length: int) -> StaticCache:
-    """An empty cache for ``length`` tokens of each sequence, initialised where the model tells its shape."""
+    """An empty cache for ``length`` tokens of each sequence, initialised where the model tells its shape. Autocast
+    decides by itself on the dtypes of keys and of values: then the first of them are waited for."""
     shape = model._get_static_cache_init_shape()
     with torch.inference_mode(False):  # an inference tensor could not be reset outside of inference mode
         cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
-        if shape is not None:
+        if shape is not None and _autocast_dtype(model.device.type) is None:
             first = next(p for p in model.parameters() if p.is_floating_point())
             cache.early_initialization(batch_size, *shape, dtype=first.dtype, device=first.device)
     return cache
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def mark_sizes(kwargs: dict[str, object]) -> None:

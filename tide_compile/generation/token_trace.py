@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
+from transformers import GenerationConfig
 
 from tide_compile.errors import ConfigError
 from tide_compile.files import write_text
@@ -25,7 +26,8 @@ from tide_compile.runtime.exit_stats import ExitStats
 
 log = logging.getLogger("tide_compile")
 
-_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+_OTHER_WAYS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "num_beams", "guidance_scale")
+_USUAL = {"num_beams": 1, "guidance_scale": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,22 @@ class TokenTrace:
     def of(cls, stats: ExitStats, ids: Tensor, prompt_length: int, tokenizer: object = None) -> TokenTrace | None:
         """From the exits of a ``generate`` (``record_exits(per_token=True)``) and the ids [B, T] it returned. None, and
         a warning, where the two do not belong together."""
-        layers = torch.cat(stats.exit_layers, 1) if stats.exit_layers else ids.new_empty(0, 0)
-        if len(layers) != len(ids):
-            log.warning("no trace: %d sequences were run and %d returned", len(layers), len(ids))
+        rows = {len(layers) for layers in stats.exit_layers}
+        if rows != {len(ids)}:
+            log.warning("no trace: %s sequences were run and %d returned", sorted(rows), len(ids))
             return None
-        scores = torch.cat(stats.scores, 1)
-        if layers.shape[1] >= ids.shape[1]:  # embeddings were given: the ids are those of generated tokens alone
-            layers, scores, prompt_length = layers[:, -ids.shape[1] :], scores[:, -ids.shape[1] :], 0
+        widths = [layers.shape[1] for layers in stats.exit_layers]
+        whole = widths == list(range(prompt_length, ids.shape[1]))  # without a cache, each token reads all before it
+        layers, scores = (
+            torch.cat([x[:, -1:] if whole and i else x for i, x in enumerate(kept)], 1)
+            for kept in (stats.exit_layers, stats.scores)
+        )
+        if layers.shape[1] >= ids.shape[1]:
+            if prompt_length:
+                log.warning("no trace: %d tokens were run for %d in the text", layers.shape[1], ids.shape[1])
+                return None
+            # embeddings were given: the ids are those of generated tokens alone
+            layers, scores = layers[:, -ids.shape[1] :], scores[:, -ids.shape[1] :]
         else:  # of tokens that were in the cache before, nothing is known
             prompt_length = max(1, prompt_length)  # without a prompt, generation starts from one token
             missing = (ids.shape[1] - 1 - layers.shape[1], 0)
@@ -82,12 +93,14 @@ class TokenTrace:
         return cls(ids.detach(), layers, scores, prompt_length, stats.num_layers, tokenizer)
 
     @staticmethod
-    def check(arguments: Mapping[str, object], num_beams: int | None) -> None:
-        """Raises ConfigError for ways to generate in which tokens change places or are taken back."""
-        other = [n for n in _OTHER_WAYS if arguments.get(n) is not None]
-        if (num_beams or 1) > 1 or other:
-            what = other[0] if other else f"num_beams={num_beams}"
-            raise ConfigError(f"trace=True follows greedy search and sampling, not {what}: leave one of them out.")
+    def check(arguments: Mapping[str, object], config: GenerationConfig) -> None:
+        """Raises ConfigError for ways to generate in which tokens change places, are taken back or run more than once,
+        as the arguments of a ``generate`` say, or else its config."""
+        for name in _OTHER_WAYS:
+            value = arguments.get(name, getattr(config, name, None))
+            if value is not None and value != _USUAL.get(name):
+                what = f"{name}={value}" if isinstance(value, int | float) else name
+                raise ConfigError(f"trace=True follows greedy search and sampling, not {what}: leave one of them out.")
 
     def tokens(self, tokenizer: object = None) -> list[list[TracedToken]]:
         """Per sequence, its tokens without padding. ``tokenizer``: in place of the trace's own."""

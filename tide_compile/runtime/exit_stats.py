@@ -120,21 +120,23 @@ class ExitStats:
             self._remaining += remaining
 
 
-_recorders: ContextVar[tuple[ExitStats, ...]] = ContextVar("tide_recorders", default=())
+_recorders: ContextVar[tuple[tuple[ExitStats, object], ...]] = ContextVar("tide_recorders", default=())
 
 
 @contextmanager
-def record_exits(*, per_token: bool = False) -> Iterator[ExitStats]:
+def record_exits(*, per_token: bool = False, owner: object = None) -> Iterator[ExitStats]:
     """Collect the exits of every compiled call inside the block (of this thread or task).
 
     Args:
         per_token: also keep the exit layer and the score of every token (``stats.exit_layers``, ``stats.scores``).
+        owner: whose calls are recorded, where a call may hold others of the same owner: each counts for itself.
 
     Yields:
         The statistics, empty at first; they can be read inside the block and after it.
     """
     stats = ExitStats(per_token=per_token)
-    token = _recorders.set((*_recorders.get(), stats))
+    around = (each for each in _recorders.get() if owner is None or each[1] is not owner)
+    token = _recorders.set((*around, (stats, owner)))
     try:
         yield stats
     finally:
@@ -143,7 +145,7 @@ def record_exits(*, per_token: bool = False) -> Iterator[ExitStats]:
 
 def active_recorders() -> tuple[ExitStats, ...]:
     """The statistics that are being collected right now."""
-    return _recorders.get()
+    return tuple(stats for stats, _ in _recorders.get())
 
 
 @dataclass(slots=True)
@@ -152,7 +154,7 @@ class EngineStats(ExitStats):
 
     Attributes:
         calls: calls and ``generate`` calls, also those that ended in an error after the model had run.
-        seconds: that they took, without waiting for one another.
+        seconds: from the beginning of each to its end.
     """
 
     calls: int = 0
