@@ -44,11 +44,11 @@ def synthetic_routers(
         raise ConfigError(f"exits={dict(exits)!r} is not allowed: map layers to shares from 0 to 1.")
     decoder = find_decoder(model)
     width, device = decoder.hidden_dim, decoder.device
-    bank = RouterBank({}, Norm(torch.ones(width)), len(decoder.layers))
+    bank = RouterBank({}, Norm(torch.ones(width, dtype=torch.float32)), len(decoder.layers))
     config = TIDEConfig(exit_threshold=exit_threshold, min_layers=1, checkpoint_interval=1)
     generator = torch.Generator().manual_seed(seed)
     for layer in sorted(exits):
-        direction = nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
+        direction = nn.functional.normalize(torch.randn(width, generator=generator, dtype=torch.float32), dim=0)
         bank.routers[layer] = _router(direction, 1.0)
         with eager_reference(model, bank, config, decoder) as reference:
             model(input_ids=input_ids.to(device), attention_mask=attention_mask, use_cache=False)

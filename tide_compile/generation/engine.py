@@ -110,8 +110,8 @@ class TIDE:
     def generate(self, *args: object, **kwargs: object) -> object:
         """transformers' ``generate`` on the compiled model, with a static cache that is kept between calls.
 
-        Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) in every form, and returns what
-        it returns. ``temperature=0`` means greedy, as in the reference. Calls from several threads take turns, token by
+        Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) in every form, and returns
+        what it returns. ``temperature=0`` means greedy, as in the reference. Calls from several threads take turns, token by
         token. ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
 
         Raises:

@@ -31,8 +31,8 @@ class FinishedRows:
             self._finished = finished & ~finished.all()
 
     def hidden(self, kwargs: dict[str, object]) -> dict[str, object]:
-        """The arguments of a forward, with the last token of rows that have ended as padding. Forwards with another cache
-        than the first one's are those of a callback."""
+        """The arguments of a forward, with the last token of rows that have ended as padding. Forwards with another
+        cache than the first one's are those of a callback."""
         cache = kwargs.get("past_key_values")
         if not self._begun:
             self._begun, self._cache = True, cache

@@ -38,8 +38,8 @@ def buffers_can_be_reused() -> bool:
 
 def reuse_is_right() -> bool:
     """Whether rewritten code gives the same numbers, in results that a later call does not write again."""
-    weight = torch.arange(float(_SIZE**2)).view(_SIZE, _SIZE) / 100
-    inputs = [torch.full((4, _SIZE), value) for value in (0.1, 0.2)]
+    weight = torch.arange(float(_SIZE**2), dtype=torch.float32).view(_SIZE, _SIZE) / 100
+    inputs = [torch.full((4, _SIZE), value, dtype=torch.float32) for value in (0.1, 0.2)]
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (inputs[0], weight)]
     with alone():

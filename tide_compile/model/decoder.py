@@ -64,7 +64,7 @@ class Decoder:
     def final_norm(self) -> Norm:
         """A copy of the final norm for the routers; plain RMSNorm where it is neither RMSNorm nor LayerNorm."""
         fitted = None if self.norm is None else fit_norm_maybe(self.norm, self.hidden_dim, self.dtype, self.device)
-        return fitted or Norm(torch.ones(self.hidden_dim))
+        return fitted or Norm(torch.ones(self.hidden_dim, dtype=torch.float32))
 
     def logits(self, states: Tensor) -> Tensor:
         """What the model would say if its last layer had returned ``states`` [T, H]: final norm, head, and whatever

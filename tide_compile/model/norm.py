@@ -49,7 +49,7 @@ def fit_norm_maybe(
         The parameters in fp32 on the CPU, or None if the module computes neither.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = (torch.randn(64, hidden_dim, generator=generator) + 0.5).to(device, dtype)
+    rows = (torch.randn(64, hidden_dim, generator=generator, dtype=torch.float32) + 0.5).to(device, dtype)
     wanted = function(rows).float().cpu()
     for layer_norm in (False, True):
         unit = _unit(rows.float().cpu(), layer_norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tide_compile.errors import ConfigError
 from tide_compile.routers.bank import RouterBank
-from tide_compile.text.sources import calibration_texts
+from tide_compile.text.sources import calibration_texts, sources_of
 
 _TEXTS, _TEXT_TOKENS = 16, 256  # for the perplexity
 
@@ -25,7 +25,7 @@ def tuning_data(bank: RouterBank, data: str | None) -> tuple[str, int]:
 
 def perplexity_texts(source: str, tokenizer: object) -> list[list[int]]:
     """Token ids of some texts; none where the model's own samples are all there is."""
-    texts = next((s for s in source.split("+") if s != "self"), None)
+    texts = next((s for s in sources_of(source) if s != "self"), None)
     if texts is None:
         return []
     ids = tokenizer(list(calibration_texts(texts, _TEXTS)), truncation=True, max_length=_TEXT_TOKENS)["input_ids"]

@@ -103,7 +103,7 @@ class RouterBank:
                 i: TokenRouter(hidden_dim, bottleneck_dim)
                 for i in (range(num_layers - 1) if layers is None else layers)
             }
-        return cls(routers, Norm(torch.ones(hidden_dim)), num_layers)
+        return cls(routers, Norm(torch.ones(hidden_dim, dtype=torch.float32)), num_layers)
 
     def save(self, path: str | Path) -> Path:
         """Write the bank as safetensors, atomically: an interrupted save leaves the old file."""

@@ -22,8 +22,8 @@ class TokenRouter(nn.Module):
 
     def __init__(self, hidden_dim: int, bottleneck_dim: int = 128) -> None:
         super().__init__()
-        self.down = nn.Linear(hidden_dim, bottleneck_dim, bias=False)
-        self.up = nn.Linear(bottleneck_dim, 1, bias=False)
+        self.down = nn.Linear(hidden_dim, bottleneck_dim, bias=False, dtype=torch.float32)
+        self.up = nn.Linear(bottleneck_dim, 1, bias=False, dtype=torch.float32)
 
     def logits(self, normed: Tensor) -> Tensor:
         """[..., H] fp32 -> [...] before the sigmoid."""
@@ -73,11 +73,11 @@ class ProbeRouter(TokenRouter):
         self.register_buffer("first", first)
         self.register_buffer("second", second)
         self.register_buffer("second_bias", second_bias)
-        self.inner = nn.Parameter(torch.randn(bottleneck_dim // 4, FEATURES) / FEATURES**0.5)
-        self.inner_bias = nn.Parameter(torch.zeros(bottleneck_dim // 4))
-        self.outer = nn.Parameter(torch.randn(1, bottleneck_dim // 4) / bottleneck_dim**0.5)
-        self.register_buffer("mean", torch.zeros(FEATURES), persistent=False)
-        self.register_buffer("deviation", torch.ones(FEATURES), persistent=False)
+        self.inner = nn.Parameter(torch.randn(bottleneck_dim // 4, FEATURES, dtype=torch.float32) / FEATURES**0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(bottleneck_dim // 4, dtype=torch.float32))
+        self.outer = nn.Parameter(torch.randn(1, bottleneck_dim // 4, dtype=torch.float32) / bottleneck_dim**0.5)
+        self.register_buffer("mean", torch.zeros(FEATURES, dtype=torch.float32), persistent=False)
+        self.register_buffer("deviation", torch.ones(FEATURES, dtype=torch.float32), persistent=False)
 
     @torch.no_grad()
     def standardise_(self, normed: Tensor) -> None:

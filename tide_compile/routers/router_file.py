@@ -17,7 +17,7 @@ from tide_compile.model.norm import Norm
 from tide_compile.routers.networks import TokenRouter
 
 FORMAT = "tide-routers-2"
-_PICKLED = (".pt", ".pth", ".bin")
+_PICKLED = (b"PK", b"\x80")  # first bytes of what torch.save writes, and wrote before 1.6
 
 
 def write_router_file(path: str | Path, tensors: dict[str, Tensor], header: dict[str, object]) -> Path:
@@ -49,8 +49,12 @@ def read_router_file(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def is_tide_inference(path: Path) -> bool:
-    """Whether this is a file of tide-inference: by its name."""
-    return path.suffix in _PICKLED
+    """Whether this is a file of tide-inference, a pickle of ``torch.save``, whatever its name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] != b"{" and head.startswith(_PICKLED)  # a safetensors file: its header's length, and JSON
 
 
 def read_tide_inference(path: Path, model: nn.Module | None) -> tuple[dict[int, TokenRouter], Norm, int, str]:

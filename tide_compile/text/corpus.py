@@ -14,7 +14,7 @@ from torch import nn
 
 from tide_compile.errors import CalibrationDataError
 from tide_compile.text.self_text import continue_prompts, openings, questions
-from tide_compile.text.sources import calibration_texts
+from tide_compile.text.sources import calibration_texts, sources_of
 
 SELF = "self"
 SHARD = 64  # rows
@@ -105,7 +105,7 @@ class Corpus:
 
     @property
     def _sources(self) -> list[object]:
-        return self.source.split("+") if isinstance(self.source, str) else [self.source]
+        return sources_of(self.source)
 
     @property
     def _texts(self) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,18 @@ _ALTERNATIVES = (
     "Give a data set that is reachable, the path of a .txt or .jsonl file, a list of strings, or 'pydoc' (texts that "
     "come with Python)."
 )
+
+
+def sources_of(source: object) -> list[object]:
+    """What a source is put together from: ``"a+b"`` are two, but a file with + in its path is one."""
+    if not isinstance(source, str):
+        return [source]
+    parts, found = source.split("+"), []
+    while parts:
+        joined = ("+".join(parts[:n]) for n in range(len(parts), 1, -1))
+        found.append(next((path for path in joined if Path(path).is_file()), parts[0]))
+        parts = parts[found[-1].count("+") + 1 :]
+    return found
 
 
 def calibration_texts(source: str | Path | Iterable[str], limit: int) -> Iterator[str]:
@@ -65,7 +78,8 @@ def _local(path: Path) -> Iterator[str]:
         return _paragraphs(path)
     from datasets import load_dataset
 
-    return _long_enough(load_dataset("json", data_files=str(path), split="train", streaming=True))
+    pattern = glob.escape(str(path))
+    return _long_enough(load_dataset("json", data_files=pattern, split="train", streaming=True))
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
