@@ -111,8 +111,8 @@ class TIDE:
         """transformers' ``generate`` on the compiled model, with a static cache that is kept between calls.
 
         Takes every argument of ``generate`` (sampling, streamers, stopping criteria, ...) in every form, and returns
-        what it returns. ``temperature=0`` means greedy, as in the reference. Calls from several threads take turns, token
-        by token. ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
+        what it returns. ``temperature=0`` means greedy, as in the reference. Calls from several threads take turns,
+        token by token. ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
 
         Raises:
             ModelChangedError: the model was changed meanwhile (by a streamer, a logits processor, ...).
