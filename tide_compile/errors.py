@@ -38,6 +38,10 @@ class GradEnabledError(TideError):
     """The model was traced for training."""
 
 
+class GraphBreakError(TideError):
+    """The model cannot be traced as one graph."""
+
+
 class ModelChangedError(TideError):
     """The model was changed while it generated."""
 
@@ -56,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "GradEnabledError",
+    "GraphBreakError",
     "GraphError",
     "KVNotFoundError",
     "LayersNotFoundError",

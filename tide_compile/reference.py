@@ -63,7 +63,8 @@ class Reference:
         tensors = self.settings.shortcuts.get(layer)
         if tensors is None:
             return state
-        return state + linear(linear(state, tensors["down"]), tensors["weight"], tensors["bias"])
+        narrow = linear(state.to(tensors["down"].dtype), tensors["down"])
+        return state + linear(narrow, tensors["weight"], tensors["bias"]).to(state.dtype)
 
     def decide(self, layer: int, hidden: Tensor) -> None:
         s = self.settings

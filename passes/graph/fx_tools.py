@@ -141,6 +141,11 @@ def call(graph: Graph, target: object, *args: object, **kwargs: object) -> Node:
     return node
 
 
+def cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    """``node`` in another dtype, or itself if it has that one."""
+    return node if value_of(node).dtype == dtype else call(graph, "to", node, dtype)
+
+
 def add_placeholder(graph: Graph, name: str, value: object) -> Node:
     """A new last placeholder, named ``name``, holding the fake ``value``."""
     placeholders = graph.find_nodes(op="placeholder")

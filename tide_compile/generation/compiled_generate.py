@@ -85,9 +85,12 @@ def generating_model(model: nn.Module) -> nn.Module:
     """The transformers model itself, or the one inside a wrapper (adapters, ``torch.compile``, an engine's twin).
 
     Raises:
-        ConfigError: there is none, or the wrapper does more than call it.
+        ConfigError: there is none, the wrapper does more than call it, or dropout is active.
     """
     model = original_of(model)
+    dropout = next((name for name, module in model.named_modules() if _drops(module)), None)
+    if dropout is not None:
+        raise ConfigError(f"{dropout} is in training mode and drops states at random. Call model.eval() first.")
     if isinstance(model, GenerationMixin):
         return vars(model).get(_ORIGINAL, model)
     inner = next((m for m in model.modules() if isinstance(m, GenerationMixin)), None)
@@ -102,3 +105,9 @@ def generating_model(model: nn.Module) -> nn.Module:
             "its own), and generation with exits would leave that out. Merge it into the model first."
         )
     return inner
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops states, as ``nn.Dropout`` or by a rate that it hands to a function."""
+    rates = (v for n, v in vars(module).items() if "drop" in n or (n == "p" and "Dropout" in type(module).__name__))
+    return module.training and any(isinstance(rate, float) and rate > 0 for rate in rates)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from tide_compile.config import TIDEConfig
+from tide_compile.errors import GraphBreakError
 from tide_compile.generation.compiled_generate import generating_model, routed_through
 from tide_compile.generation.generate_call import current_call, generate_call, no_generate_call
 from tide_compile.generation.guard_skipping import GuardSkipping, call, skipping_guards
@@ -25,7 +26,7 @@ from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import resolve_bank
 from tide_compile.runtime.exit_stats import EngineStats, ExitStats, Totals, record_exits
 from tide_compile.runtime.overrides import rehearsal
-from tide_compile.torch_internals.dynamo import original_of
+from tide_compile.torch_internals.dynamo import Unsupported, break_of, original_of
 
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
 _GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
@@ -53,7 +54,7 @@ class TIDE:
 
     Raises:
         NoRouterError, RouterMismatchError, RouterFileError: about the routers.
-        ConfigError: there is no transformers model here, or a wrapper does more than call it.
+        ConfigError: there is no transformers model here, a wrapper does more than call it, or dropout is active.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class TIDE:
 
         Raises:
             ModelChangedError: the model was changed meanwhile (by a streamer, a logits processor, ...).
+            GraphBreakError: the model cannot be traced as one graph, and ``fallback`` is None.
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
@@ -140,8 +142,9 @@ class TIDE:
         started = time.perf_counter()
         ids = torch.ones(batch_size, prompt_length, dtype=torch.long, device=self.model.device)
         self._caches.give_back(self._caches.take(batch_size, prompt_length + max_new_tokens))
+        tokens = {"min_new_tokens": _WARM_TOKENS, "max_new_tokens": _WARM_TOKENS}  # an end token would come too early
         with rehearsal():
-            self.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=_WARM_TOKENS)
+            self.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **tokens)
         self.last_stats = None
         return time.perf_counter() - started
 
@@ -218,7 +221,13 @@ class TIDE:
             self._hooks = _hooks_of(original_of(self._compiled))  # code that was compiled without them stays right
         mark_sizes(kwargs)
         with self._turn:
-            return call(self._compiled, *args, **kwargs)
+            try:
+                return call(self._compiled, *args, **kwargs)
+            except Unsupported as error:
+                raise GraphBreakError(
+                    f"{type(self.model).__name__} cannot be traced as one graph: {break_of(error)}. "
+                    "TIDEConfig(fallback='inductor') compiles what can be, without exits where layers are cut apart."
+                ) from error
 
 
 def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:

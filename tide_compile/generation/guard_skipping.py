@@ -10,7 +10,7 @@ more, the guards are evaluated again: were they to fail now, the model was chang
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from tide_compile.errors import ModelChangedError
 from tide_compile.generation.graph_replay import GraphReplay
-from tide_compile.torch_internals.dynamo import OptimizedModule, code_with_guards, is_plain_call, original_of
+from tide_compile.torch_internals.dynamo import Guards, OptimizedModule, code_with_guards, is_plain_call, original_of
 from tide_compile.torch_internals.versions import warn_if_unchecked
 
 _VALUES = (bool, int, float, str, type(None))
@@ -45,7 +45,7 @@ class GuardSkipping:
         self._weight = next(self.model.parameters())
         self._kind: _Kind | None = None
         self._run: GraphReplay | None = None
-        self._holds: Callable[[dict[str, object]], bool] | None = None
+        self._guards: Guards | None = None
         self._latest: dict[str, object] | None = None
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -67,8 +67,9 @@ class GuardSkipping:
         """Evaluate the guards of what ran without them."""
         if self._latest is not None:
             with torch.no_grad():
-                holds = self._holds(self._latest) and self._run.is_valid(self.model, self._latest)
-            self._run = self._holds = self._latest = None
+                variables = _variables(type(self.model).forward, self.model, self._latest)
+                holds = self._guards.hold_here(variables) and self._run.is_valid(self.model, self._latest)
+            self._run = self._guards = self._latest = None
             if not holds:
                 raise ModelChangedError(
                     "the model, its config or a setting of torch changed while generate ran, so some of the tokens are "
@@ -80,10 +81,10 @@ class GuardSkipping:
         function = type(self.model).forward
         if not (_steady(kwargs) and is_plain_call(self.model) and isinstance(function, FunctionType)):
             return False
-        for code, check in code_with_guards(self.compiled, function):
-            holds = _guards(check, function, self.model)
-            if code.co_freevars == function.__code__.co_freevars and holds(kwargs):
-                self._run, self._holds = GraphReplay(code, function, self._replays), holds
+        variables = _variables(function, self.model, kwargs)
+        for code, guards in code_with_guards(self.compiled, function):
+            if code.co_freevars == function.__code__.co_freevars and guards.hold(variables):
+                self._run, self._guards = GraphReplay(code, function, self._replays), guards
                 return True
         return False
 
@@ -132,16 +133,9 @@ def _steady(kwargs: dict[str, object]) -> bool:
     return bool(layers) and all(type(layer) is StaticLayer and layer.is_initialized for layer in layers)
 
 
-def _guards(
-    check: Callable[[dict[str, object]], bool], function: FunctionType, model: nn.Module
-) -> Callable[[dict[str, object]], bool]:
-    """The guards as a function of a call's arguments; Dynamo evaluates them on the local variables of the frame."""
-    signature = inspect.signature(function, follow_wrapped=False)
+def _variables(function: FunctionType, model: nn.Module, kwargs: dict[str, object]) -> dict[str, object]:
+    """Those of the function's frame in a call, which Dynamo evaluates guards on."""
     cells = {n: c.cell_contents for n, c in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)}
-
-    def holds(kwargs: dict[str, object]) -> bool:
-        bound = signature.bind(model, **kwargs)
-        bound.apply_defaults()
-        return check({**cells, **bound.arguments})
-
-    return holds
+    bound = inspect.signature(function, follow_wrapped=False).bind(model, **kwargs)
+    bound.apply_defaults()
+    return {**cells, **bound.arguments}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame, pgo
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import Unsupported
 
 from tide_compile.torch_internals.versions import warn_if_unchecked
 
@@ -22,8 +24,11 @@ NAMES = (
     "torch._dynamo.eval_frame._get_cache_entries_for_region",
     "torch._dynamo.eval_frame._stance.stance",
     "torch._dynamo.eval_frame._stance.backend",
+    "torch._dynamo.exc.Unsupported",
     "torch._dynamo.mark_static",
     "torch._dynamo.pgo.get_code_state",
+    "torch._C._dynamo.guards.GlobalStateGuard.__getstate__",
+    "torch._C._dynamo.guards.GlobalStateGuard.__setstate__",
     "torch._dynamo.mark_dynamic",
     "torch._dynamo.maybe_mark_dynamic",
     "torch.nn.modules.module._has_any_global_hook",
@@ -33,8 +38,11 @@ __all__ = [
     "GRAPH",
     "NAMES",
     "STATIC_INPUT",
+    "Guards",
     "OptimizedModule",
+    "Unsupported",
     "backend_name",
+    "break_of",
     "code_with_guards",
     "compile_lock",
     "copy_mark",
@@ -50,6 +58,7 @@ __all__ = [
 GRAPH = "__compiled_fn"  # how Dynamo names a graph in the code around it
 STATIC_INPUT = "_dynamo_static_input_type"  # its mark on tensors that stay where they are
 _OURS = "_tide"
+_OF_A_THREAD = ("autocast_state", "grad_mode", "torch_function", "torch_function_all_disabled")  # in a GlobalStateGuard
 
 mark_dynamic, maybe_mark_dynamic = torch._dynamo.mark_dynamic, torch._dynamo.maybe_mark_dynamic
 mark_static = torch._dynamo.mark_static
@@ -85,14 +94,45 @@ def replace_attribute(name: str, value_of: Callable[[OptimizedModule], object | 
     OptimizedModule.__getattr__ = getattr_
 
 
-def code_with_guards(
-    compiled: OptimizedModule, function: FunctionType
-) -> Iterator[tuple[CodeType, Callable[[dict[str, object]], bool]]]:
-    """What Dynamo has made of a function for a compiled module: code, and its guards as a function of the local
-    variables of a frame. The module was compiled with ``isolate_recompiles``."""
+def code_with_guards(compiled: OptimizedModule, function: FunctionType) -> Iterator[tuple[CodeType, Guards]]:
+    """What Dynamo has made of a function for a compiled module: code and its guards. The module was compiled with
+    ``isolate_recompiles``."""
     region = compiled.dynamo_ctx._isolate_recompiles_id
     for entry in eval_frame._get_cache_entries_for_region(function.__code__, region):
-        yield entry.code, entry.guard_manager.check
+        yield entry.code, Guards(entry.guard_manager)
+
+
+class Guards:
+    """What a piece of compiled code depends on, as functions of the local variables of a frame."""
+
+    def __init__(self, manager: object) -> None:
+        self._manager = manager
+
+    def hold(self, values: dict[str, object]) -> bool:
+        """Whether Dynamo would run the code."""
+        return self._manager.check(values)
+
+    def hold_here(self, values: dict[str, object]) -> bool:
+        """The same, whatever has become of settings of the whole process: those are for any thread to change, such as
+        one that loads a model in another default dtype."""
+        if self.hold(values):
+            return True
+        state = self._manager.closure_vars["___check_global_state"].__self__
+        expected = state.__getstate__()
+        now = json.loads(type(state)().__getstate__())
+        here = {n: v for n, v in json.loads(expected).items() if n in _OF_A_THREAD}
+        try:
+            state.__setstate__(json.dumps({**now, **here}))
+            return self.hold(values)
+        finally:
+            state.__setstate__(expected)
+
+
+def break_of(error: Unsupported) -> str:
+    """What Dynamo could not trace, and the line of it."""
+    what = str(error).partition("\n")[0].rstrip(".")
+    frames = list(getattr(error, "real_stack", None) or ())
+    return f"{what} ({frames[-1].filename}:{frames[-1].lineno})" if frames else what
 
 
 def is_plain_call(model: nn.Module) -> bool:
