@@ -82,8 +82,8 @@ class Reference:
         else:
             self.out = project_reference(hidden, leave, self.out, **s.projections[layer])
         self.exited = self.exited | leave
-        running = (self.valid & ~self.exited).any()  # padding runs as long as any token does
-        self.frozen = self.exited if running else torch.ones_like(self.exited)
+        left = self.exited.any() and not (self.valid & ~self.exited).any()  # padding runs as long as any token does
+        self.frozen = torch.ones_like(self.exited) if left else self.exited
         self.exit_layers[-1] = torch.where(leave, layer, self.exit_layers[-1])
         self.scores[-1][layer] = score
 

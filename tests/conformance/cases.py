@@ -37,13 +37,14 @@ SAMPLE = {"do_sample": True}
 
 @dataclass(slots=True)
 class Setup:
-    """What a run starts from: prompts ``ids`` and ``mask`` [B, S], padded on the left but for the last row, and
-    ``seen``, what callbacks were given."""
+    """What a run starts from: prompts ``ids`` and ``mask`` [B, S], padded on the left but for the last row; and what
+    becomes known of it: ``seen``, what callbacks were given, and ``ends``, the end tokens."""
 
     model: PreTrainedModel
     ids: torch.Tensor
     mask: torch.Tensor
     seen: list[object] = field(default_factory=list)
+    ends: set[int] = field(default_factory=lambda: {GREEDY["eos_token_id"]})
 
 
 Generate = Callable[..., object]
@@ -78,11 +79,18 @@ def call(covers: str, **kwargs: object) -> Case:
     def run(generate: Generate, s: Setup) -> object:
         made = {n: v.make(s) if isinstance(v, _Later) else v for n, v in kwargs.items()}
         arguments = {"attention_mask": s.mask, **GREEDY, **made}
+        ends = arguments["eos_token_id"]
+        s.ends = set(ends) if isinstance(ends, list) else {ends}
         return generate(**({"inputs": s.ids} | arguments if _PROMPTS.isdisjoint(made) else arguments))
 
     about = tuple(covers.split())
-    shown = {n: v for n, v in kwargs.items() if n in about or len(kwargs) == 1} or kwargs
-    return Case(about, ", ".join(f"{n}={v!r}" for n, v in shown.items()), run)
+    shown = {n: v for n, v in kwargs.items() if n in about} or kwargs
+    return Case(about, ", ".join(f"{n}={_brief(v)}" for n, v in shown.items()) or covers, run)
+
+
+def _brief(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) < 40 and "\n" not in shown else type(value).__name__
 
 
 def scenario(covers: str, name: str) -> Callable[[Callable], Case]:
@@ -172,9 +180,17 @@ CASES: list[Case] = [
     call("assistant_model", **ASSISTED),
     call("assistant_model do_sample", **ASSISTED, **SAMPLE),
     call("streamer", streamer=later(lambda s: Listening(s.seen), "listening")),
-    call("negative_prompt_ids guidance_scale", negative_prompt_ids=later(lambda s: s.ids[:, :4], "ids"), guidance_scale=2.0),
-    call("negative_prompt_attention_mask", negative_prompt_ids=later(lambda s: s.ids, "ids"), guidance_scale=1.5,
-         negative_prompt_attention_mask=later(lambda s: s.mask, "mask")),
+    call(
+        "negative_prompt_ids guidance_scale",
+        negative_prompt_ids=later(lambda s: s.ids[:, :4], "ids"),
+        guidance_scale=2.0,
+    ),
+    call(
+        "negative_prompt_attention_mask",
+        negative_prompt_ids=later(lambda s: s.ids, "ids"),
+        guidance_scale=1.5,
+        negative_prompt_attention_mask=later(lambda s: s.mask, "mask"),
+    ),
     call("custom_generate", custom_generate=twice),
     call("custom_generate", custom_generate="nobody/nothing"),
     # lengths
@@ -226,20 +242,38 @@ CASES: list[Case] = [
     *(
         call(name, **{name: value}, **SAMPLE)
         for name, value in (
-            ("temperature", 0.3), ("temperature", 5.0), ("top_k", 3), ("top_k", 0), ("top_p", 0.5), ("min_p", 0.2),
-            ("top_h", 0.5), ("typical_p", 0.5), ("epsilon_cutoff", 0.01), ("eta_cutoff", 0.01),
-            ("renormalize_logits", True), ("remove_invalid_values", True),
+            ("temperature", 0.3),
+            ("temperature", 5.0),
+            ("top_k", 3),
+            ("top_k", 0),
+            ("top_p", 0.5),
+            ("min_p", 0.2),
+            ("top_h", 0.5),
+            ("typical_p", 0.5),
+            ("epsilon_cutoff", 0.01),
+            ("eta_cutoff", 0.01),
+            ("renormalize_logits", True),
+            ("remove_invalid_values", True),
         )
     ),
     call("temperature", temperature=-1.0, **SAMPLE),
     *(
         call(name, **{name: value})
         for name, value in (
-            ("repetition_penalty", 1.5), ("encoder_repetition_penalty", 1.5), ("no_repeat_ngram_size", 2),
-            ("encoder_no_repeat_ngram_size", 2), ("bad_words_ids", [[5], [7, 8]]), ("forced_bos_token_id", 5),
-            ("forced_eos_token_id", 7), ("suppress_tokens", list(range(60))), ("begin_suppress_tokens", [5, 6]),
-            ("exponential_decay_length_penalty", (2, 1.5)), ("sequence_bias", [[[5], 20.0], [[7], -3.0]]),
-            ("guidance_scale", 1.5), ("watermarking_config", WatermarkingConfig()), ("diversity_penalty", 0.5),
+            ("repetition_penalty", 1.5),
+            ("encoder_repetition_penalty", 1.5),
+            ("no_repeat_ngram_size", 2),
+            ("encoder_no_repeat_ngram_size", 2),
+            ("bad_words_ids", [[5], [7, 8]]),
+            ("forced_bos_token_id", 5),
+            ("forced_eos_token_id", 7),
+            ("suppress_tokens", list(range(60))),
+            ("begin_suppress_tokens", [5, 6]),
+            ("exponential_decay_length_penalty", (2, 1.5)),
+            ("sequence_bias", [[[5], 20.0], [[7], -3.0]]),
+            ("guidance_scale", 1.5),
+            ("watermarking_config", WatermarkingConfig()),
+            ("diversity_penalty", 0.5),
         )
     ),
     call("watermarking_config", watermarking_config=WatermarkingConfig(bias=4.0, seeding_scheme="selfhash"), **SAMPLE),
@@ -273,10 +307,15 @@ CASES: list[Case] = [
     *(
         call(name, **{name: value}, **ASSISTED)
         for name, value in (
-            ("num_assistant_tokens", 3), ("num_assistant_tokens_schedule", "constant"),
-            ("num_assistant_tokens_schedule", "heuristic"), ("assistant_confidence_threshold", 0.9),
-            ("is_assistant", True), ("assistant_lookbehind", 5), ("target_lookbehind", 5),
-            ("assistant_ensemble_weight", 0.5), ("speculation_type", "default"),
+            ("num_assistant_tokens", 3),
+            ("num_assistant_tokens_schedule", "constant"),
+            ("num_assistant_tokens_schedule", "heuristic"),
+            ("assistant_confidence_threshold", 0.9),
+            ("is_assistant", True),
+            ("assistant_lookbehind", 5),
+            ("target_lookbehind", 5),
+            ("assistant_ensemble_weight", 0.5),
+            ("speculation_type", "default"),
         )
     ),
     call("assistant_lookbehind target_lookbehind", **ASSISTED, tokenizer=TOKENIZER, assistant_tokenizer=TOKENIZER),
@@ -364,9 +403,7 @@ def prefix(generate: Generate, s: Setup) -> object:
 
     with torch.no_grad():
         cache = s.model(s.ids[:, :-2], attention_mask=s.mask[:, :-2], use_cache=True).past_key_values
-    return [
-        generate(s.ids, attention_mask=s.mask, past_key_values=copy.deepcopy(cache), **GREEDY) for _ in range(2)
-    ]
+    return [generate(s.ids, attention_mask=s.mask, past_key_values=copy.deepcopy(cache), **GREEDY) for _ in range(2)]
 
 
 @add

@@ -1,7 +1,12 @@
 """The engine, on a tiny model with uncompiled pieces."""
 
 import copy
+import os
+import subprocess
+import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ import tide_compile
 from tests.support.compare import assert_close
 from tests.support.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
+from tide_compile.errors import GraphBreakError
 
 DEPTH = FEW  # of the fixtures' model: what is tested here is around the layers
 
@@ -178,3 +184,43 @@ def test_inference_mode_and_embeddings(model, bank):
     embeddings = model.get_input_embeddings()(ids).detach()
     new = engine.generate(inputs_embeds=embeddings, attention_mask=mask, **GENERATE)
     assert torch.equal(new, out[:, ids.shape[1] :])
+
+
+def test_rope_that_depends_on_positions():
+    """Frequencies that are chosen as the text grows: by a tensor, as stock; by a branch, which no graph can hold, an
+    error that says where and what to do, and doing it gives the stock text."""
+    for kind, settings in (("longrope", {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}), ("dynamic", {})):
+        model = tiny("rmsnorm-rope-gqa", layers=FEW)
+        model.config.rope_parameters = {
+            "rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 12, **settings
+        }  # fmt: skip
+        model.config.max_position_embeddings = 12
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        ids = prompt(1)[0]
+        want = model.generate(ids, **GENERATE)
+        config = TIDEConfig(exit_threshold=1.0, **SETTINGS)
+        if kind == "dynamic":
+            with pytest.raises(GraphBreakError, match=r"one graph: .*modeling_rope_utils\.py:\d+.*fallback='inductor'"):
+                TIDE(model, config=config).generate(ids, **GENERATE)
+            config = replace(config, fallback="inductor")
+        assert torch.equal(TIDE(model, config=config).generate(ids, **GENERATE), want)
+
+
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_compilation_switched_off(name):
+    """For debugging: the stock text, and a line that nothing is skipped."""
+    program = """
+import torch
+from tests.support.models import FEW, GENERATE, HIDDEN, prompt, tiny
+from tide_compile import TIDE, RouterBank, TIDEConfig
+from tide_compile.errors import GraphBreakError
+model = tiny("rmsnorm-rope-gqa", layers=FEW)
+engine = TIDE(model, RouterBank.untrained(HIDDEN, FEW), TIDEConfig(exit_threshold=0.0))
+ids = prompt(1)[0]
+print(torch.equal(engine.generate(ids, **GENERATE), model.generate(ids, **GENERATE)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {name: "1"}, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.stdout == "True\n" and "every token runs all layers" in done.stderr, done.stderr

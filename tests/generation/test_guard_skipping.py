@@ -156,6 +156,30 @@ def test_new_values_within_a_call_count(change):
     assert torch.equal(*texts)
 
 
+def default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+
+
+def threads():
+    torch.set_num_threads(3)
+
+
+@pytest.mark.parametrize("change", [default_dtype, threads], ids=lambda change: change.__name__)
+def test_settings_of_the_process_may_change(change):
+    """Another thread loads a model meanwhile, say. Catches a finished text that becomes an error."""
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    engine, ids = TIDE(model, config=OFF), prompt(1)[0]
+    want = engine.generate(ids, **LONG)
+    before = torch.get_num_threads()
+    try:
+        processors = LogitsProcessorList([Changing(change, 16)])
+        assert torch.equal(engine.generate(ids, **LONG, logits_processor=processors), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(before)
+    assert torch.equal(engine.generate(ids, **LONG), want)
+
+
 def test_another_cache_within_a_call_is_an_error():
     """Catches a graph that goes on with the tensors it was first given."""
     model = tiny("rmsnorm-rope-gqa", layers=FEW)

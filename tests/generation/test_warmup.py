@@ -33,3 +33,17 @@ def test_warmup_compiles_everything(caplog):
         segment_name(1, "compact") in ran and len(ran["executor"]) == len(ran["epilogue"]) == GENERATE["max_new_tokens"]
     )
     assert all(s > 0 for seconds in ran.values() for s in seconds)
+
+
+def test_an_end_token_does_not_end_the_warmup():
+    """Catches decoding that is compiled by the first request, as the model answered the warm-up with its end."""
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    with torch.no_grad():
+        first = int(model(torch.ones(1, 16, dtype=torch.long)).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [first]
+    model.generation_config.do_sample, model.generation_config.num_beams = True, 3
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    engine.warmup()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    engine.generate(prompt(1)[0], max_new_tokens=5, num_beams=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -92,6 +92,21 @@ def test_wrapper_with_tokens_of_its_own(model, bank):
         TIDE(wrapped, bank, TIDEConfig(**SETTINGS))
 
 
+@pytest.mark.parametrize("where", ["module", "rate"])
+def test_dropout(model, where):
+    """A model, or a new adapter, in training mode: nothing would be said twice. Catches an engine that draws states."""
+    layer = model.model.layers[1]
+    if where == "module":
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.1).train())
+    else:
+        layer.self_attn.attention_dropout = 0.1
+        layer.train()
+    with pytest.raises(ConfigError, match=r"layers\.1.*in training mode.*model\.eval\(\)"):
+        TIDE(model, config=TIDEConfig(exit_threshold=1.0, **SETTINGS))
+    model.eval()
+    assert TIDE(model, config=TIDEConfig(exit_threshold=1.0, **SETTINGS)).generate(prompt(1)[0], **GENERATE).shape
+
+
 @pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 def test_beam_search(model, bank, kwargs):
     """Beams reorder the cache between calls."""

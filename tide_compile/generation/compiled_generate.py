@@ -36,11 +36,8 @@ def _generate_of(compiled: OptimizedModule) -> Callable[..., object] | None:
     return routed_through(compiled).generate if backend_name(compiled) in ("tide", "tide_backend") else None
 
 
-def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None = None) -> nn.Module:
-    """A twin of the wrapped model whose calls run ``compiled`` (or ``call``, which should).
-
-    It shares all modules, parameters and buffers with the model, which stays as it is. transformers' own compilation
-    of static-cache decoding, which would put plain Inductor in the place of tide, is switched off in it.
+def routed_through(compiled: OptimizedModule) -> nn.Module:
+    """A twin of the wrapped model whose calls run ``compiled``; always the same one.
 
     Raises:
         ConfigError: the model is a wrapper whose ``generate`` calls the model inside, past what is compiled.
@@ -52,14 +49,22 @@ def routed_through(compiled: OptimizedModule, call: Callable[..., object] | None
                 f"{type(model).__name__}.generate calls the model inside it, which is not the compiled one. Use "
                 "tide_compile.TIDE(model), or compile the transformers model inside."
             )
-        twin = compiled.__dict__[_TWIN] = copy.copy(model)
-        twin._compiled_call_impl = functools.partial(_forward, twin, call or compiled.__call__)
-        twin._get_stopping_criteria = functools.partial(_stopping_criteria, twin)
-        twin._valid_auto_compile_criteria = lambda *_: False
-        twin.generate = functools.partial(_generate, twin)
-        vars(twin)[_ORIGINAL] = model
-        twin.__reduce_ex__ = model.__reduce_ex__  # copies and pickles are those of the model, not compiled
+        compiled.__dict__[_TWIN] = twin_of(model, compiled.__call__)
     return compiled.__dict__[_TWIN]
+
+
+def twin_of(model: PreTrainedModel, call: Callable[..., object]) -> PreTrainedModel:
+    """A model that shares all modules, parameters and buffers with ``model``, which stays as it is, and whose calls run
+    ``call``. transformers' own compilation of static-cache decoding, which would put plain Inductor in the place of
+    tide, is switched off in it."""
+    twin = copy.copy(model)
+    twin._compiled_call_impl = functools.partial(_forward, twin, call)
+    twin._get_stopping_criteria = functools.partial(_stopping_criteria, twin)
+    twin._valid_auto_compile_criteria = lambda *_: False
+    twin.generate = functools.partial(_generate, twin)
+    vars(twin)[_ORIGINAL] = model
+    twin.__reduce_ex__ = model.__reduce_ex__  # copies and pickles are those of the model, not compiled
+    return twin
 
 
 def _generate(twin: PreTrainedModel, *args: object, **kwargs: object) -> object:

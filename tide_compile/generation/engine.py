@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,21 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.utils import ModelOutput
 
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GraphBreakError
-from tide_compile.generation.compiled_generate import generating_model, routed_through
+from tide_compile.generation.compiled_generate import generating_model, twin_of
 from tide_compile.generation.generate_call import current_call, generate_call, no_generate_call
 from tide_compile.generation.guard_skipping import GuardSkipping, call, skipping_guards
-from tide_compile.generation.static_cache import KeptCaches, mark_sizes
+from tide_compile.generation.static_cache import KeptCache, KeptCaches, dynamic_copy, has_plain_layers, mark_sizes
 from tide_compile.generation.token_trace import TokenTrace
 from tide_compile.lowering import prewarm
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import resolve_bank
 from tide_compile.runtime.exit_stats import EngineStats, ExitStats, Totals, record_exits
 from tide_compile.runtime.overrides import rehearsal
-from tide_compile.torch_internals.dynamo import Unsupported, break_of, original_of
+from tide_compile.torch_internals.dynamo import Unsupported, break_of, compiles, original_of
 
+log = logging.getLogger("tide_compile")
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
 _GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
 _OTHER_CACHE = (
@@ -67,29 +70,31 @@ class TIDE:
     ) -> None:
         model = generating_model(model)
         self.config = config or TIDEConfig()
-        options = self.config.to_dict()
+        options, whole = self.config.to_dict(), self.config.fallback is None
         if self.config.exit_threshold != 1:
             options["router"] = resolve_bank(router_path, model)
         if mode is not None:
             options["mode"] = mode
         self._compile = functools.partial(
-            torch.compile,
+            _compile,
             model,
             backend="tide",
             options=options,
-            fullgraph=self.config.fallback is None,  # else a break, or too many recompilations, would go unnoticed
+            fullgraph=whole,  # else a break, or too many recompilations, would go unnoticed
             isolate_recompiles=True,
             recompile_limit=_GRAPHS,
         )
         tricks = self.config.tricks
         with prewarm.only_if("prewarm" in tricks):
             self._compiled, self._hooks = self._compile(), _hooks_of(model)
-        self.model = routed_through(self._compiled, self._forward)
+        self.model = twin_of(model, self._forward)
         self._caches = KeptCaches(self.model)
         self.model._prepare_static_cache = self._static_cache
         self.model.generate = self._generate
         # a graph break needs Dynamo to be on, and CUDA graphs count its calls
-        self._skips_guards = "guard_skipping" in tricks and self.config.fallback is None and mode is None
+        if self._compiled is model:
+            log.warning("torch.compile is switched off (TORCH_COMPILE_DISABLE): every token runs all layers")
+        self._skips_guards = "guard_skipping" in tricks and whole and mode is None and self._compiled is not model
         self._replays = "graph_replay" in tricks
         self._recorded: set[str] = set()  # outputs that have been asked for before
         self._turn = threading.RLock()  # two forwards at once would only take each other's cores
@@ -121,13 +126,26 @@ class TIDE:
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
-        asked = self._asked(args, kwargs)
-        config = asked.get("generation_config")
-        others = (asked.get(n) for n in _OTHER_CACHE), (getattr(config, n, None) for n in _OTHER_CACHE)
-        uncached = asked.get("use_cache", getattr(config, "use_cache", None)) is False
-        if not uncached and all(value is None for given in others for value in given):
+        ours = self._may_choose_cache(self._asked(args, kwargs))
+        if ours:
             kwargs["cache_implementation"] = "static"
-        return self._generate(*args, **kwargs)
+        return self._generate(*args, _ours=ours, **kwargs)
+
+    def _may_choose_cache(self, asked: dict[str, object]) -> bool:
+        """Whether nobody sees that a ``generate`` has another cache than it would have by default."""
+        config = asked.get("generation_config")
+        given = (asked.get(n, getattr(config, n, None)) for n in _OTHER_CACHE)
+        if any(value is not None for value in given):
+            return False
+
+        def wanted(name: str) -> object:
+            places = (config, self.model.generation_config, self.model.config)
+            found = (asked.get(name), *(getattr(place, name, None) for place in places))
+            return next((value for value in found if value is not None), None)
+
+        if wanted("use_cache") is False or wanted("output_attentions"):  # as long as the cache
+            return False
+        return not wanted("return_dict_in_generate") or has_plain_layers(self.model)
 
     def warmup(self, batch_size: int = 1, prompt_length: int = 16, max_new_tokens: int = 64) -> float:
         """Compile everything that prompts and decoding of ``batch_size`` sequences can need, before the first request.
@@ -155,8 +173,8 @@ class TIDE:
 
         return calibrate(*args, **kwargs)
 
-    def _generate(self, *args: object, trace: bool = False, **kwargs: object) -> object:
-        """``generate`` of the twin."""
+    def _generate(self, *args: object, trace: bool = False, _ours: bool = False, **kwargs: object) -> object:
+        """``generate`` of the twin. ``_ours``: the cache is, and not what the caller has asked for."""
         asked = self._asked(args, kwargs)
         if trace:
             TokenTrace.check(asked, asked.get("generation_config") or self.model.generation_config)
@@ -167,13 +185,20 @@ class TIDE:
                 with skipping_guards(skipping) if self._skips_guards else nullcontext():
                     result = type(self.model).generate(self.model, *args, **kwargs)
                 skipping.finish()
-                if not isinstance(result, Tensor):
-                    kept = []  # the caller's from now on, in the result
+                if isinstance(result, ModelOutput):
+                    kept = self._handed_out(result, kept) if _ours else []
             finally:
                 for cache in kept:
                     self._caches.give_back(cache)
             self.last_trace = self._trace(stats, result, asked) if trace else None
         return result
+
+    def _handed_out(self, result: ModelOutput, kept: list[KeptCache]) -> list[KeptCache]:
+        """Those of the caches ``kept`` that are not in a result: there they become what the caller expects."""
+        for name, value in result.items():
+            if any(value is k.cache for k in kept):
+                result[name] = dynamic_copy(value, self.model)
+        return kept
 
     def _asked(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
         """The arguments of a ``generate`` by name."""
@@ -228,6 +253,12 @@ class TIDE:
                     f"{type(self.model).__name__} cannot be traced as one graph: {break_of(error)}. "
                     "TIDEConfig(fallback='inductor') compiles what can be, without exits where layers are cut apart."
                 ) from error
+
+
+def _compile(model: nn.Module, **kwargs: object) -> nn.Module:
+    """The model itself where nothing is to be compiled."""
+    compiled = torch.compile(model, **kwargs)
+    return compiled if compiles(compiled) else model
 
 
 def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:

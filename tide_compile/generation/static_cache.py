@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from tide_compile.kernels.few_rows import FEW_ROWS
 from tide_compile.torch_internals.dynamo import mark_static, maybe_mark_dynamic
@@ -69,6 +70,22 @@ def new_static_cache(model: PreTrainedModel, batch_size: int, length: int) -> St
             first = next(p for p in model.parameters() if p.is_floating_point())
             cache.early_initialization(batch_size, *shape, dtype=first.dtype, device=first.device)
     return cache
+
+
+def has_plain_layers(model: PreTrainedModel) -> bool:
+    """Whether all layers of its static cache keep keys and values of all tokens, and nothing else."""
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1)
+    return all(type(layer) is StaticLayer for layer in cache.layers)
+
+
+def dynamic_copy(cache: StaticCache, model: PreTrainedModel) -> DynamicCache:
+    """What a static cache of plain layers holds, in the cache that ``generate`` makes by default."""
+    copy = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for index, layer in enumerate(cache.layers):
+        length = int(layer.get_seq_length())
+        if length:
+            copy.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+    return copy
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from torch._dynamo.exc import Unsupported
 from tide_compile.torch_internals.versions import warn_if_unchecked
 
 NAMES = (
+    "torch._dynamo.config.disable",
     "torch._dynamo.convert_frame.compile_lock",
     "torch._dynamo.eval_frame.OptimizedModule.__getattr__",
     "torch._dynamo.eval_frame._get_cache_entries_for_region",
@@ -45,6 +46,7 @@ __all__ = [
     "break_of",
     "code_with_guards",
     "compile_lock",
+    "compiles",
     "copy_mark",
     "forgetting_sizes",
     "is_plain_call",
@@ -62,6 +64,11 @@ _OF_A_THREAD = ("autocast_state", "grad_mode", "torch_function", "torch_function
 
 mark_dynamic, maybe_mark_dynamic = torch._dynamo.mark_dynamic, torch._dynamo.maybe_mark_dynamic
 mark_static = torch._dynamo.mark_static
+
+
+def compiles(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has made this of a module for compiling it, and has not been switched off."""
+    return isinstance(module, OptimizedModule) and not torch._dynamo.config.disable
 
 
 def original_of(module: nn.Module) -> nn.Module:
