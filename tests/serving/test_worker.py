@@ -7,11 +7,9 @@ import time
 
 import httpx
 import pytest
-import torch
 
 from bench.serve import serving
 from tide_compile.serving.app import build_app
-from tide_compile.serving.worker import ReplyText
 
 TOTAL = 128
 URL = "/v1/completions"
@@ -22,22 +20,6 @@ def until(condition, seconds=30):
     while not condition():
         assert time.monotonic() < deadline, "never happened"
         time.sleep(0.01)
-
-
-def test_text_comes_in_order(tokenizer):
-    """Pieces add up to the text, whatever bytes there are. Catches text that is lost or repeated around characters of
-    several bytes, and a held-back beginning of a stop string that is forgotten."""
-    generator = torch.Generator().manual_seed(0)
-    for stop in ([], ["abc", "bd"], ["~~~~~~~"]):
-        for _ in range(30):
-            ids = torch.randint(0, 128, (40,), generator=generator).tolist()
-            text = ReplyText(tokenizer, stop)
-            pieces = [text.add(token) for token in ids]
-            want = tokenizer.decode(ids, skip_special_tokens=True)
-            assert "".join(pieces) + text.finish() == want
-    text = ReplyText(tokenizer, ["abc"])
-    assert [text.add(token) for token in tokenizer("xabab")["input_ids"]] == ["x", "", "", "ab", ""]
-    assert text.add(*tokenizer("c")["input_ids"]) == "" and text.stopped and text.finish() == ""
 
 
 class Held:

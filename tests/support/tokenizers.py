@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.support.models import CONFIGS, HIDDEN, LAYERS, SETTINGS, VOCABULARY, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
@@ -44,6 +44,55 @@ def _bytes(alphabet: list[str]) -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return inner
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Words that carry their blank in front, which the decoder drops at the beginning of a text; 0 pads and is unknown,
+    1 ends."""
+    numbers = {"<pad>": 0, "<end>": 1} | {f"\u2581w{i}": i for i in range(2, VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(numbers, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<pad>", eos_token="<end>")
+
+
+def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters, blanks as ``\u2581``, and a token per byte for all else; the first blank of a text is dropped."""
+    names = ["<unk>", "<end>", "a", "b", "\u2581", "\u2581a", *(f"<0x{i:02X}>" for i in range(256))]
+    numbers = {name: i for i, name in enumerate(names)}
+    inner = Tokenizer(models.BPE(numbers, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>")
+
+
+def word_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, and pieces that go on with one; punctuation loses the blank before it."""
+    names = ["[UNK]", "[SEP]", "a", "b", "##b", "##c", ".", ",", "'", "s", "not", "do"]
+    inner = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", eos_token="[SEP]")
+
+
+def word_end_tokenizer() -> PreTrainedTokenizerFast:
+    """Pieces of which the last of a word says so."""
+    names = ["<unk>", "<end>", "a", "b", "a</w>", "b</w>", ".</w>"]
+    inner = Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [], unk_token="<unk>", end_of_word_suffix="</w>"))
+    inner.decoder = decoders.BPEDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>")
+
+
+TOKENIZERS = {
+    "words": word_tokenizer,
+    "all bytes": every_byte_tokenizer,
+    "some bytes": byte_tokenizer,
+    "metaspace": metaspace_tokenizer,
+    "byte fallback": byte_fallback_tokenizer,
+    "word pieces": word_piece_tokenizer,
+    "word ends": word_end_tokenizer,
+    "slow": ByT5Tokenizer,
+}
 
 
 def tiny_engine() -> TIDE:

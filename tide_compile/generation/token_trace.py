@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -23,6 +22,7 @@ from tide_compile.files import write_text
 from tide_compile.inspection.html import render
 from tide_compile.passes.plan import PADDING
 from tide_compile.runtime.exit_stats import ExitStats
+from tide_compile.text.token_decoder import TokenDecoder
 
 log = logging.getLogger("tide_compile")
 
@@ -163,12 +163,10 @@ class TokenTrace:
 
 def token_texts(tokenizer: object, ids: Sequence[int]) -> list[str | None]:
     """One text per id, which together are the text of all. A token that holds a part of a character adds nothing, and
-    the one that completes it adds all of it. Tokenizers without a Rust backend give their names of tokens, and without
-    a tokenizer all are None."""
-    if tokenizer is None:
+    the one after which all of it is certain adds it. Without a tokenizer all are None."""
+    if tokenizer is None or not ids:
         return [None] * len(ids)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return list(tokenizer.convert_ids_to_tokens(ids))
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(backend, token) or "" for token in ids]
+    decoder = TokenDecoder(tokenizer, skip_special_tokens=False)
+    texts = [decoder.add(token) for token in ids]
+    texts[-1] += decoder.finish()
+    return texts

@@ -11,7 +11,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -19,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from tide_compile.errors import ConfigError
 from tide_compile.generation.engine import TIDE
 from tide_compile.runtime.overrides import exit_threshold
+from tide_compile.serving.reply_text import ReplyText
 
 log = logging.getLogger("tide_compile")
 
@@ -29,53 +29,6 @@ class QueueFullError(Exception):
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"all places are taken: try again in {retry_after} s.")
         self.retry_after = retry_after
-
-
-class ReplyText:
-    """The text of a reply, token by token; nothing is handed out that a stop string may still take back.
-
-    Args:
-        tokenizer: a fast one.
-        stop: the reply ends before the first of these that appears.
-
-    Attributes:
-        tokens: ids so far, also those of a stop string.
-        stopped: a stop string has appeared.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: list[str]) -> None:
-        self.tokens: list[int] = []
-        self.stopped = False
-        self._tokenizer, self._stop = tokenizer, stop
-        self._decoder = DecodeStream([], skip_special_tokens=True)
-        self._decoded = 0  # characters that the decoder has given
-        self._held = ""
-
-    def add(self, token: int) -> str:
-        """The text that can be sent once ``token`` is there."""
-        self.tokens.append(token)
-        piece = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._decoded += len(piece)
-        return self._release(piece, ending=False)
-
-    def finish(self) -> str:
-        """What was still held back: parts of a stop string, or of a character."""
-        whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return self._release(whole[self._decoded :], ending=True)
-
-    def _release(self, piece: str, ending: bool) -> str:
-        if self.stopped:
-            return ""
-        text, self._held = self._held + piece, ""
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)]
-        if not ending:
-            begun = (n for stop in self._stop for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
-            keep = max(begun, default=0)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return text
 
 
 class Job(BaseStreamer, StoppingCriteria):
@@ -170,8 +123,8 @@ class Worker:
         finished: Callable[[Job, str], None] = lambda *_: None,
         pool: ThreadPoolExecutor | None = None,
     ) -> None:
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise ConfigError(f"{type(tokenizer).__name__} cannot decode token by token: load a fast tokenizer.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(f"{type(tokenizer).__name__} is no tokenizer of transformers: load one by AutoTokenizer.")
         self._engine, self._waiting, self._finished = engine, waiting, finished
         self._jobs: set[Job] = set()
         self._lock = threading.Lock()
