@@ -205,7 +205,7 @@ def test_metrics_of_the_server(client, engine):
     """Catches counters of another engine, or none."""
     client.post(URL, json={"prompt": "x", "max_tokens": 4})
     lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))
-    assert float(lines["tide_tokens_total"]) == engine.stats.total_tokens > 0
+    assert float(lines['tide_tokens_total{engine="tiny"}']) == engine.stats.total_tokens > 0
     assert float(lines['tide_requests_total{outcome="completed"}']) >= 1
     assert float(lines["tide_requests_unfinished"]) == 0
     assert client.get("/health").json()["status"] == "ok"

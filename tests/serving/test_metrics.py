@@ -1,14 +1,17 @@
 """An engine's cumulative statistics in their Prometheus form."""
 
+import re
 import threading
 import time
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.models import GENERATE, HIDDEN, LAYERS, SETTINGS, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig, exit_threshold
-from tide_compile.metrics import prometheus_text
+from tide_compile.errors import ConfigError
+from tide_compile.metrics import EngineCollector, prometheus_text
 from tide_compile.runtime.exit_stats import Totals
 
 
@@ -26,11 +29,18 @@ def engine(compiled):
 
 
 def samples(engine):
-    families = text_string_to_metric_families(prometheus_text(engine))
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    return labelled(prometheus_text(engine, "tiny"), "tiny")
+
+
+def labelled(text, engine):
+    """Samples of one engine, by name and the other labels."""
+    found = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    mine = [(s.name, s.labels | {"engine": None}, s.value) for s in found if s.labels["engine"] == engine]
+    return {(name, *filter(None, labels.values())): value for name, labels, value in mine}
 
 
 def test_warmup_is_not_counted(engine):
+    """Catches counters that begin with what nobody has asked for."""
     engine.warmup()
     assert engine.stats.calls == 0 and samples(engine)["tide_tokens_total",] == 0
     engine.generate(prompt(1)[0], **GENERATE)
@@ -53,6 +63,30 @@ def test_prometheus(engine):
         ("tide_calls_total",): 2,
         ("tide_layers",): LAYERS,
     }
+
+
+@pytest.mark.parametrize("how", ["one collector", "two collectors"])
+def test_engines_have_metrics_of_their_own(how):
+    """In one registry, by the name given or a number that stays. Catches a registry that refuses the second one, series
+    that appear twice, counters of the other engine, and a metric that one collector lists twice."""
+    engines = [TIDE(tiny("rmsnorm-rope-gqa"), config=TIDEConfig(exit_threshold=1.0, lowering="eager")) for _ in "ab"]
+    registry = CollectorRegistry(auto_describe=True)
+    first = EngineCollector(engines[0], "a")
+    registry.register(first)
+    if how == "one collector":
+        first.add(engines[1], "b")
+        with pytest.raises(ConfigError, match="'b' already"):
+            first.add(engines[0], "b")
+    else:
+        registry.register(EngineCollector(engines[1], "b"))
+    for engine, length in zip(engines, (3, 5), strict=True):
+        engine(prompt(1)[0][:, :length])
+    text = generate_latest(registry).decode()
+    series = [line.rsplit(" ", 1)[0] for line in text.splitlines() if line[0] != "#"]
+    assert len(series) == len(set(series)) and text.count("# TYPE tide_tokens_total") == 1 + (how != "one collector")
+    assert [labelled(text, name)["tide_tokens_total",] for name in "ab"] == [3, 5]
+    numbers = [re.search(r'engine="(\d+)"', prometheus_text(engine))[1] for engine in (*engines, *engines)]
+    assert numbers[:2] == numbers[2:] and numbers[0] != numbers[1]
 
 
 def test_read_while_others_count(engine):

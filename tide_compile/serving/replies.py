@@ -12,7 +12,7 @@ from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from tide_compile.serving.requests import ApiError
+from tide_compile.serving.errors import ApiError, server_closes
 from tide_compile.serving.worker import Job
 
 
@@ -34,25 +34,29 @@ class CompletionReply:
         """JSON of the reply, when it is there.
 
         Raises:
-            ApiError: generation failed (500), or the server closes (503).
+            ApiError: generation failed (500), or the server stops (503).
         """
         try:
             text = "".join([piece async for piece in self._job])
         except Exception as error:
             raise _failed() from error
         if self._job.finish_reason is None:
-            raise ApiError(503, "the server closes.")
+            raise server_closes()
         return self._whole(text).model_dump_json(exclude_unset=True)
 
     async def events(self, with_usage: bool) -> AsyncIterator[str]:
-        """Server-sent events: chunks of text, one with the reason it ended, with ``with_usage`` one with counts."""
+        """Server-sent events: chunks of text, one with the reason it ended, with ``with_usage`` one with counts. An
+        error is the last event."""
         try:
             for chunk in self._opening():
                 yield _event(chunk)
             async for piece in self._job:
                 yield _event(self._chunk(piece))
         except Exception:
-            yield f"data: {json.dumps(_failed().body())}\n\n"
+            yield error_event(_failed())
+            return
+        if self._job.finish_reason is None:
+            yield error_event(server_closes())
             return
         yield _event(self._chunk("", self._job.finish_reason))
         if with_usage:
@@ -97,6 +101,10 @@ class ChatReply(CompletionReply):
     def _counts(self) -> BaseModel:
         usage = _usage(self._job)
         return ChatCompletionChunk(**self._common, object="chat.completion.chunk", choices=[], usage=usage)
+
+
+def error_event(error: ApiError) -> str:
+    return f"data: {json.dumps(error.body())}\n\n"
 
 
 def _usage(job: Job) -> CompletionUsage:

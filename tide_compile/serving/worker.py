@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class QueueFullError(Exception):
         self.retry_after = retry_after
 
 
+class ClosedError(Exception):
+    """The worker takes no more jobs."""
+
+
 class Job(BaseStreamer, StoppingCriteria):
     """One request. Iterating over it gives its text as it comes and, where generation failed, raises the error.
 
@@ -41,6 +45,9 @@ class Job(BaseStreamer, StoppingCriteria):
         sampling: further arguments of ``generate``.
         threshold: exit threshold of this request, or None.
         seed: of sampling, or None.
+
+    Attributes:
+        finish_reason: ``"stop"`` or ``"length"``; None until it has ended, and where it was given up.
     """
 
     def __init__(
@@ -89,7 +96,8 @@ class Job(BaseStreamer, StoppingCriteria):
     def send(self, piece: str | None) -> None:
         """Hand text to who iterates; None ends it."""
         if piece != "":
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            with suppress(RuntimeError):  # the loop is closed: the server has gone without waiting
+                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while (piece := await self._pieces.get()) is not None:
@@ -127,7 +135,7 @@ class Worker:
             raise ConfigError(f"{type(tokenizer).__name__} is no tokenizer of transformers: load one by AutoTokenizer.")
         self._engine, self._waiting, self._finished = engine, waiting, finished
         self._jobs: set[Job] = set()
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._pool = pool or one_thread()
         self._seconds = 1.0  # of a job, lately
         pads = (engine.model.generation_config.pad_token_id, tokenizer.pad_token_id, 0)
@@ -149,17 +157,21 @@ class Worker:
 
         Raises:
             QueueFullError: there is no place.
+            ClosedError: after ``close``.
         """
         with self._lock:
+            if self._closed:
+                raise ClosedError
             if len(self._jobs) > self._waiting:
                 raise QueueFullError(max(1, round(self._seconds)))
-            self._jobs.add(job)
             job.future = self._pool.submit(self._run, job)
+            self._jobs.add(job)
         job.future.add_done_callback(lambda _: self._ended(job))
 
     def close(self) -> None:
         """Give all jobs up and wait for the thread to end."""
         with self._lock:
+            self._closed = True
             jobs = list(self._jobs)
         for job in jobs:
             job.give_up()
@@ -182,6 +194,8 @@ class Worker:
                 **self._fixed,
                 **job.sampling,
             )
+        if job.given_up:
+            return
         job.send(job.text.finish())
         ends = self._engine.model.generation_config.eos_token_id
         ended = job.text.tokens[-1] in (ends if isinstance(ends, list) else [ends])
