@@ -3,48 +3,16 @@
 import asyncio
 import json
 import threading
-import time
 
 import httpx
 import pytest
 
 from bench.serve import serving
+from tests.support.held import Held, until
 from tide_compile.serving.app import build_app
 
 TOTAL = 128
 URL = "/v1/completions"
-
-
-def until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "never happened"
-        time.sleep(0.01)
-
-
-class Held:
-    """An engine whose calls wait at a gate before every token."""
-
-    def __init__(self, engine):
-        self._engine, self.gate, self.steps = engine, threading.Event(), 0
-        self.model, self.config, self.stats, self.warmup = engine.model, engine.config, engine.stats, engine.warmup
-
-    def generate(self, *args, stopping_criteria, **kwargs):
-        job = stopping_criteria[0]
-
-        def held(ids, scores, **rest):
-            self.steps += 1
-            assert self.gate.wait(60)
-            return job(ids, scores, **rest)
-
-        return self._engine.generate(*args, stopping_criteria=type(stopping_criteria)([held]), **kwargs)
-
-
-@pytest.fixture
-def held(engine):
-    held = Held(engine)
-    yield held
-    held.gate.set()
 
 
 def test_a_full_line(held, tokenizer):
@@ -100,30 +68,6 @@ def test_a_client_that_leaves(held, tokenizer, stream):
         assert 'tide_requests_total{outcome="cancelled"} 2.0' in counted
         again = httpx.post(f"{url}{URL}", json={"prompt": "x", "max_tokens": 3}, timeout=60)
         assert again.status_code == 200
-
-
-def test_shutdown_with_work_left(held, tokenizer):
-    """The server ends when a request is still being generated and another waits. Catches a thread that stays."""
-    app = build_app(held, tokenizer, "tiny", total_tokens=TOTAL, warmup=False)
-    outcomes = []
-
-    def ask():
-        try:
-            outcomes.append(httpx.post(f"{url}{URL}", json={"prompt": "x", "max_tokens": 100}, timeout=60).status_code)
-        except httpx.HTTPError as error:
-            outcomes.append(type(error).__name__)
-
-    before = set(threading.enumerate())
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    with serving(app, grace=1) as url:
-        for thread in threads:
-            thread.start()
-        until(lambda: held.steps and httpx.get(f"{url}/health").json()["unfinished"] == 2)
-        threading.Timer(2, held.gate.set).start()
-    for thread in threads:
-        thread.join()
-    assert len(outcomes) == 2 and 200 not in outcomes
-    assert not [t.name for t in set(threading.enumerate()) - before if t.name.startswith("tide-generate")]
 
 
 def test_a_failure_is_told(engine, tokenizer):
