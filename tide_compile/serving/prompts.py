@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tide_compile.serving.errors import ApiError
 from tide_compile.serving.requests import Message
 from tide_compile.text.special_tokens import special_tokens
+
+_RARE = "\U00010600"  # a letter of Linear A: it has no case, is no blank, and templates print it as it is
+_BLANKS = re.compile(r"\s*")
 
 
 class Prompts:
@@ -25,10 +28,8 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        special = sorted(special_tokens(tokenizer).items(), key=lambda pair: len(pair[1].content), reverse=True)
-        self._ids = {token.content: id_ for id_, token in special}
-        self._look_alike = _any(re.escape(token.content) for _, token in special if len(token.content) > 1)
-        self._control = _any(_pattern(token) for _, token in special)
+        longest_first = sorted(special_tokens(tokenizer).items(), key=lambda pair: len(pair[1].content), reverse=True)
+        self._special = {token.content: (id_, token) for id_, token in longest_first}
 
     def of_text(self, text: str) -> list[int]:
         return self._tokenizer(text)["input_ids"]
@@ -39,10 +40,13 @@ class Prompts:
             raise ApiError(400, "this model has no chat template: use /v1/completions.", param="messages")
         turns = [message.for_template() for message in messages]
         texts = "\n".join(_strings(turns))
-        if not self._look_alike.search(texts):
+        look_alike = _any([name for name in self._special if len(name) > 1 and name in texts])
+        if look_alike is None:
             return self._tokenizer(self._render(turns), add_special_tokens=False)["input_ids"]
-        mark = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in texts)  # of Unicode's private ones
-        broken = _mapped(turns, lambda text: self._look_alike.sub(lambda found: mark.join(found[0]), text))
+        mark = _RARE
+        while mark in texts:
+            mark += _RARE
+        broken = _mapped(turns, lambda text: look_alike.sub(lambda found: mark.join(found[0]), text))
         return self._encode(self._render(broken), mark)
 
     def _render(self, turns: list[dict[str, object]]) -> str:
@@ -54,23 +58,20 @@ class Prompts:
     def _encode(self, text: str, mark: str) -> list[int]:
         """As the tokenizer does, but text that marks break is text."""
         ids, end = [], 0
-        for found in self._control.finditer(text):
-            ids += self._plain(text[end : found.start()].replace(mark, ""))
-            name = found[0] if found[0] in self._ids else found[0].strip()
-            ids.append(self._ids[name])
-            end = found.end()
+        control = _any([name for name in self._special if name in text])
+        for found in control.finditer(text) if control else ():
+            id_, token = self._special[found[0]]
+            before = text[end : found.start()].replace(mark, "")
+            ids += [*self._plain(before.rstrip() if token.lstrip else before), id_]
+            end = _BLANKS.match(text, found.end()).end() if token.rstrip else found.end()
         return ids + self._plain(text[end:].replace(mark, ""))
 
     def _plain(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
 
-def _any(patterns: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(patterns) or "(?!)")  # which is nowhere
-
-
-def _pattern(token: AddedToken) -> str:
-    return (r"\s*" if token.lstrip else "") + re.escape(token.content) + (r"\s*" if token.rstrip else "")
+def _any(names: list[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, names))) if names else None
 
 
 def _strings(value: object) -> Iterator[str]:
