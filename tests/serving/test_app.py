@@ -11,12 +11,14 @@ import pytest
 import tide_compile
 from bench.serve import serving
 from tests.support.models import tiny
+from tests.support.tokenizers import metaspace_tokenizer
 from tide_compile import TIDE, TIDEConfig
 from tide_compile.errors import ConfigError
 from tide_compile.serving.app import build_app
 
 TOTAL = 128
-URL = "/v1/completions"
+URL, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "x"}
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,21 @@ def test_exit_threshold_of_a_request(client, engine):
         (URL, {"prompt": [5, 128]}, 400, "prompt"),
         (URL, {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
         (URL, {"prompt": "x", "max_tokens": TOTAL}, 400, "max_tokens"),
-        (URL, {"prompt": "x" * TOTAL}, 400, "max_tokens"),
+        (URL, {"prompt": "x" * TOTAL}, 400, "prompt"),
+        (URL, {"prompt": [5] * 999, "max_tokens": 1}, 400, "prompt"),
+        (URL, {"prompt": []}, 400, "prompt"),
+        (URL, {"prompt": [""]}, 400, "prompt"),
+        (URL, {"prompt": [[1], [2]]}, 400, "prompt"),
+        (URL, {"prompt": "x", "echo": True}, 400, "echo"),
+        (URL, {"prompt": "x", "guided_json": {}}, 400, "guided_json"),
+        (URL, {"prompt": "x", "min_tokens": 3}, 400, "min_tokens"),
+        (URL, {"prompt": "x", "num_beams": 2}, 400, "num_beams"),
+        (URL, {"prompt": "x", "stop_token_ids": [5]}, 400, "stop_token_ids"),
+        (URL, {"prompt": "x", "ignore_eos": True}, 400, "ignore_eos"),
+        (URL, {"prompt": "x", "temprature": 0}, 400, "temprature"),
+        (URL, {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options"),
+        (URL, {"prompt": "x", "stream": True, "stream_options": {"usage": True}}, 400, "stream_options.usage"),
+        (URL, {"prompt": "x", "messages": []}, 400, "messages"),
         (URL, {"prompt": "x" * 5000}, 413, None),
         (URL, {"prompt": "x", "temperature": "hot"}, 400, "temperature"),
         (URL, {"prompt": "x", "temperature": -1}, 400, "temperature"),
@@ -165,11 +181,18 @@ def test_exit_threshold_of_a_request(client, engine):
         (URL, {"prompt": "x", "logprobs": 0}, 400, "logprobs"),
         (URL, {"prompt": "x", "top_k": 5}, 400, "top_k"),
         (URL, {"prompt": "x", "model": "gpt"}, 404, "model"),
-        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, 400, "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
-         "messages.0.content.0.type"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
+        (CHAT, {"messages": []}, 400, "messages"),
+        (CHAT, {"messages": [USER | {"role": "robot"}]}, 400, "messages.0.role"),
+        (CHAT, {"messages": [USER | {"role": "tool"}]}, 400, "messages"),
+        (CHAT, {"messages": [USER | {"content": None}]}, 400, "messages.0.content"),
+        (CHAT, {"messages": [USER | {"content": "x" * TOTAL}]}, 400, "messages"),
+        (CHAT, {"messages": [USER], "chat_template": "x"}, 400, "chat_template"),
+        (CHAT, {"messages": [USER], "add_generation_prompt": False}, 400, "add_generation_prompt"),
+        (CHAT, {"messages": [USER], "continue_final_message": True}, 400, "continue_final_message"),
+        (CHAT, {"messages": [USER], "top_logprobs": 3}, 400, "top_logprobs"),
+        (CHAT, {"messages": [USER], "max_tokens": 3, "max_completion_tokens": 4}, 400, "max_completion_tokens"),
+        (CHAT, {"messages": [USER | {"content": [{"type": "image_url"}]}]}, 400, "messages.0.content.0.type"),
+        (CHAT, {"messages": [USER], "tools": [{}]}, 400, "tools"),
         ("/v1/embeddings", {}, 404, None),
     ],
 )  # fmt: skip
@@ -178,7 +201,8 @@ def test_refused(client, path, body, status, param):
     reply = client.post(path, json=body)
     assert reply.status_code == status
     error = reply.json()["error"]
-    assert error["param"] == param and error["message"] and error["type"] == "invalid_request_error"
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+    assert error["message"].endswith(".") and (param is None or param.partition(".")[0] in error["message"])
 
 
 def test_refused_bodies(client):
@@ -189,16 +213,75 @@ def test_refused_bodies(client):
         assert reply.status_code == 400 and reply.json()["error"]["message"]
     assert client.post(URL, content=b'{"prompt": "x"}').status_code == 415
     assert client.post(URL, content=iter([b" " * 1000] * 8), headers=headers).status_code == 413
-    assert client.get(URL).status_code == 405
+    wrong = client.get(URL)
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+
+
+def test_refusals_speak_json(client):
+    """With every name, and what may be sent instead as it is sent. Catches ``False``, and all but the first name."""
+    body = {"prompt": "x", "echo": True, "modalities": ["audio"], "guided_regex": "a", "response_format": {"type": "x"}}
+    assert client.post(URL, json=body).json()["error"]["message"] == (
+        "echo is not supported: leave it out or send false; "
+        'modalities is not supported: leave it out or send ["text"]; '
+        "guided_regex is not supported: leave it out; "
+        'response_format is not supported: leave it out or send {"type": "text"}.'
+    )
+    many = {f"field{i}": 1 for i in range(50)} | {"prompt": "x", "y" * 1000: 1}
+    message = client.post(URL, json=many).json()["error"]["message"]
+    assert message.endswith("; and 46 more.") and len(message) < 400
 
 
 def test_harmless_fields(client):
     """Catches a server that refuses what every client library sends."""
     body = {
         "prompt": "x", "n": 1, "user": "me", "frequency_penalty": 0, "logprobs": None, "logit_bias": {},
-        "store": False, "something_new": {"a": 1},
+        "store": False, "metadata": {"a": "b"}, "echo": False, "ignore_eos": False, "min_tokens": 0,
+        "guided_json": None, "service_tier": "auto", "best_of": 1, "suffix": None, "stop": None,
     }  # fmt: skip
     assert client.post(URL, json=body).status_code == 200
+    usage = {"stream_options": {"include_usage": False, "include_obfuscation": False}, "stream": True}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, USER | {"name": "me"}]
+    body = {"messages": turns, "max_tokens": 3, "max_completion_tokens": 3, "top_logprobs": 0, "tools": [], **usage}
+    assert client.post(CHAT, json=body).status_code == 200
+
+
+def test_default_length(client):
+    """A prompt that leaves place for a few tokens gets these. Catches a request that is refused for a number of tokens
+    that nobody has asked for."""
+    for length, want in ((TOTAL - 3, 3), (TOTAL - 1, 1)):
+        reply = client.post(URL, json={"prompt": "x" * length, "temperature": 0}).json()
+        assert reply["usage"]["completion_tokens"] == want
+
+
+def test_temperatures_near_zero_are_greedy(client):
+    """Catches logits that overflow when they are divided by one: an error of the server's."""
+    texts = {
+        client.post(URL, json={"prompt": "cold", "temperature": t, "top_p": 1e-300}).json()["choices"][0]["text"]
+        for t in (0, 1e-300, 1e-9, 1e-4)
+    }
+    assert len(texts) == 1
+
+
+def test_a_model_by_its_name(server, client):
+    """Names of hubs have a slash. Catches a route that has none, and a list that says otherwise."""
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert client.get("/v1/models/tiny").json() == listed and listed["object"] == "model"
+    reply = client.get("/v1/models/other/model")
+    assert reply.status_code == 404 and reply.json()["error"]["code"] == "model_not_found"
+    named = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    assert named.models.retrieve("tiny").id == "tiny"
+
+
+def test_a_blank_in_front(engine):
+    """Prompt and text together are the text of all tokens. Catches a completion without the blank that its first word
+    carries."""
+    tokenizer = metaspace_tokenizer()
+    with serving(build_app(engine, tokenizer, "org/tiny", total_tokens=TOTAL, warmup=False)) as url:
+        reply = httpx.post(f"{url}{URL}", json={"prompt": "w5 w6", "temperature": 0}, timeout=60).json()
+        assert httpx.get(f"{url}/v1/models/org%2Ftiny").json()["id"] == "org/tiny"
+    want, _ = offline(engine, tokenizer, "w5 w6", 16)
+    assert reply["choices"][0]["text"] == f" {want}"
 
 
 def test_metrics_of_the_server(client, engine):
@@ -214,9 +297,11 @@ def test_metrics_of_the_server(client, engine):
 def test_what_cannot_be_served(tokenizer):
     """Catches limits that are no limits, and a request for exits where there are none."""
     engine = TIDE(tiny("rmsnorm-rope-gqa"), config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    with pytest.raises(ConfigError, match="body_seconds=0"):
+        build_app(engine, tokenizer, "tiny", body_seconds=0)
     with pytest.raises(ConfigError, match="waiting=-1"):
         build_app(engine, tokenizer, "tiny", waiting=-1)
-    with pytest.raises(ConfigError, match="fast tokenizer"):
+    with pytest.raises(ConfigError, match="no tokenizer"):
         build_app(engine, object(), "tiny")
     with serving(build_app(engine, tokenizer, "tiny", warmup=False)) as url:
         reply = httpx.post(f"{url}{URL}", json={"prompt": "x", "exit_threshold": 0.5})

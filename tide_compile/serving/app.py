@@ -85,10 +85,7 @@ def build_app(
     app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(AnswerCancelled, answering=answering)
     app.add_exception_handler(ApiError, lambda _, error: service.refuse(error))
-    app.add_exception_handler(
-        HTTPException,
-        lambda _, error: service.refuse(ApiError(error.status_code, str(error.detail), **error.headers or {})),
-    )
+    app.add_exception_handler(HTTPException, lambda request, error: service.refuse(_no_endpoint(request, error)))
     app.add_exception_handler(Exception, lambda *_: service.refuse(ApiError(500, "a flaw of the server; see its log.")))
 
     @app.post("/v1/completions", response_model=Completion, openapi_extra=request_body(CompletionRequest))
@@ -119,3 +116,8 @@ def build_app(
 
     app.openapi = described_by(app, CompletionRequest, ChatRequest)
     return app
+
+
+def _no_endpoint(request: Request, error: HTTPException) -> ApiError:
+    found = f"{request.method} {request.url.path[:64]}: {str(error.detail).lower()}."
+    return ApiError(error.status_code, found, **error.headers or {})

@@ -1,4 +1,4 @@
-"""The description of the application in OpenAPI: requests are read by ``read_request``, of which FastAPI knows nothing."""
+"""The application's description in OpenAPI: bodies are read by ``read_request``, of which FastAPI knows nothing."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Prompts:
     def of_chat(self, messages: list[Message]) -> list[int]:
         """Raises ApiError (400) if the tokenizer has no chat template, or that does not take these messages."""
         if self._tokenizer.chat_template is None:
-            raise ApiError(400, "this model has no chat template: use /v1/completions.", param="messages")
+            raise ApiError(400, "messages: this model has no chat template, use /v1/completions.", param="messages")
         turns = [message.for_template() for message in messages]
         texts = "\n".join(_strings(turns))
         look_alike = _any([name for name in self._special if len(name) > 1 and name in texts])
@@ -53,7 +53,8 @@ class Prompts:
         try:
             return self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template raises what it likes: roles in the wrong order, unknown ones, ...
-            raise ApiError(400, f"the model's chat template refuses this: {error}", param="messages") from error
+            found = f"messages: the model's chat template refuses them: {str(error)[:200]}."
+            raise ApiError(400, found, param="messages") from error
 
     def _encode(self, text: str, mark: str) -> list[int]:
         """As the tokenizer does, but text that marks break is text."""

@@ -106,7 +106,7 @@ class Service:
         if not prompt:
             raise ApiError(400, f"{field} has no tokens: send some text.", param=field)
         if not all(0 <= token < self._vocabulary for token in prompt):
-            raise ApiError(400, f"token ids go from 0 to {self._vocabulary - 1}.", param=field)
+            raise ApiError(400, f"{field}: token ids go from 0 to {self._vocabulary - 1}.", param=field)
         if len(prompt) >= self._total_tokens:
             raise ApiError(
                 400,
