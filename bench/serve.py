@@ -82,11 +82,14 @@ async def ask_all(url: str, prompts: list[str], tokens: int) -> list[Answer | Op
 
 
 def generate(engine: TIDE, tokenizer: object, prompt: str, tokens: int) -> tuple[str, int]:
-    """Offline: text and number of the new tokens."""
+    """Offline: text and number of the new tokens. The text is that of all tokens without the prompt's: the first of the
+    new ones may have a blank in front."""
     inputs = tokenizer(prompt, return_tensors="pt")
-    out = engine.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    new = out[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True), len(new)
+    (ids,) = engine.generate(**inputs, max_new_tokens=tokens, do_sample=False).tolist()
+    length = inputs["input_ids"].shape[1]
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = tokenizer.decode(ids, **options).removeprefix(tokenizer.decode(ids[:length], **options))
+    return text, len(ids) - length
 
 
 def ready(args: argparse.Namespace, prompts: list[str]) -> tuple[TIDE, object, float]:

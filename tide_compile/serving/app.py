@@ -82,7 +82,7 @@ def build_app(
         if answering:
             await asyncio.wait(answering, timeout=1)  # what was cancelled is told so
 
-    app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title=name, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(AnswerCancelled, answering=answering)
     app.add_exception_handler(ApiError, lambda _, error: service.refuse(error))
     app.add_exception_handler(HTTPException, lambda request, error: service.refuse(_no_endpoint(request, error)))

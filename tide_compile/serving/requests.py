@@ -41,7 +41,12 @@ class TextPart(BaseModel):
     text: str
 
 
+_NO_CONTENT = PydanticCustomError("content", "Input should be a string or a list of text parts")
+
+
 def _as_parts(content: object) -> object:
+    if content is not None and not isinstance(content, str | list):
+        raise _NO_CONTENT
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -70,7 +75,7 @@ class Message(BaseModel):
     @classmethod
     def _is_there(cls, content: list[TextPart] | None, others: ValidationInfo) -> list[TextPart] | None:
         if content is None and not any(others.data.get(n) for n in ("tool_calls", "function_call", "refusal")):
-            raise PydanticCustomError("content", "Input should be a string or a list of text parts")
+            raise _NO_CONTENT
         return content
 
     def for_template(self) -> dict[str, object]:

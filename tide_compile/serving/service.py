@@ -93,7 +93,7 @@ class Service:
         except ClosedError:
             raise server_closes() from None
         watch = asyncio.create_task(_give_up_when_gone(request, job))
-        job.future.add_done_callback(lambda _: watch.get_loop().call_soon_threadsafe(watch.cancel))
+        job.future.add_done_callback(lambda _: job.on_loop(watch.cancel))
         reply = kind(self.model.id, job)
         if body.stream:
             with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -104,22 +104,22 @@ class Service:
         if body.model is not None:
             self.find_model(body.model)
         if not prompt:
-            raise ApiError(400, f"{field} has no tokens: send some text.", param=field)
+            raise ApiError(400, f"{field}: there are no tokens, send some text.", param=field)
         if not all(0 <= token < self._vocabulary for token in prompt):
             raise ApiError(400, f"{field}: token ids go from 0 to {self._vocabulary - 1}.", param=field)
         if len(prompt) >= self._total_tokens:
             raise ApiError(
                 400,
-                f"{field} has {len(prompt)} tokens, which leaves no place for a reply within this server's limit of "
-                f"{self._total_tokens}: send less.",
+                f"{field}: {len(prompt)} tokens leave no place for a reply within this server's limit of "
+                f"{self._total_tokens}, send less.",
                 param=field,
                 code="context_length_exceeded",
             )
         if len(prompt) + (body.wanted or 1) > self._total_tokens:
             raise ApiError(
                 400,
-                f"{len(prompt)} tokens of prompt and {body.wanted} of reply are more than this server's limit of "
-                f"{self._total_tokens}: send a shorter prompt or a smaller max_tokens.",
+                f"max_tokens: {len(prompt)} tokens of prompt and {body.wanted} of reply are more than this server's "
+                f"limit of {self._total_tokens}, send a shorter prompt or a smaller number.",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -96,8 +96,13 @@ class Job(BaseStreamer, StoppingCriteria):
     def send(self, piece: str | None) -> None:
         """Hand text to who iterates; None ends it."""
         if piece != "":
-            with suppress(RuntimeError):  # the loop is closed: the server has gone without waiting
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+            self.on_loop(self._pieces.put_nowait, piece)
+
+    def on_loop(self, call: Callable[..., object], *arguments: object) -> None:
+        """Have the event loop call it, from any thread. A loop that is closed, because the server has gone without
+        waiting, calls nothing."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while (piece := await self._pieces.get()) is not None:
