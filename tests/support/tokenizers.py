@@ -83,12 +83,21 @@ def word_end_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>")
 
 
+def blank_tokenizer() -> PreTrainedTokenizerFast:
+    """Many blanks, and a decoder that drops all at the beginning of a text."""
+    names = ["<unk>", "<end>", "\u2581", "\u2581\u2581", "\u2581a", "a", "b"]
+    inner = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 99, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>")
+
+
 TOKENIZERS = {
     "words": word_tokenizer,
     "all bytes": every_byte_tokenizer,
     "some bytes": byte_tokenizer,
     "metaspace": metaspace_tokenizer,
     "byte fallback": byte_fallback_tokenizer,
+    "blanks": blank_tokenizer,
     "word pieces": word_piece_tokenizer,
     "word ends": word_end_tokenizer,
     "slow": ByT5Tokenizer,

@@ -55,6 +55,8 @@ def test_bytes_that_are_no_character():
     tokenizer = byte_fallback_tokenizer()
     ids = tokenizer.convert_tokens_to_ids(["a", "<0x0A>", "<0xE2>", "b", "a"])
     assert pieces(tokenizer, ids) == ["a", "", "", "\ufffd\ufffdb", "a", ""]
+    ids.insert(2, tokenizer.eos_token_id)  # which has no text, and does not end the run
+    assert pieces(tokenizer, ids) == ["a", "", "", "", "\ufffd\ufffdb", "a", ""]
     decoder = TokenDecoder(tokenizer)
     assert [decoder.add(token) for token in ids[:2]] == ["a", ""] and decoder.pending == "\n" == decoder.finish()
 

@@ -45,9 +45,8 @@ class TokenDecoder:
         decode has no text."""
         if self._prompt is not None:
             self._begin()
-        try:
-            text = self._decode([*self._window, token])
-        except Exception:  # tokenizers raise what they like for an id that is not theirs
+        text = self._decode([*self._window, token])
+        if text is None:
             return ""
         self._window.append(token)
         if text != self._text:
@@ -58,7 +57,7 @@ class TokenDecoder:
         piece, self.pending = self.pending, ""
         if piece.strip():  # else the window would begin with blanks, of which decoders drop some
             del self._window[: self._known]
-            self._text = self._decode(self._window)
+            self._text = self._decode(self._window) or ""
         self._before, self._known = self._text, len(self._window)
         return piece
 
@@ -69,26 +68,23 @@ class TokenDecoder:
 
     def _begin(self) -> None:
         prompt, self._prompt = list(self._prompt), None
-        try:
-            self._before = self._decode(prompt)
-        except Exception:  # as in add
-            prompt = [token for token in prompt if self._is_decodable(token)]
-            self._before = self._decode(prompt)
-        self._window, self._known, self._text = prompt, len(prompt), self._before
-
-    def _is_decodable(self, token: int) -> bool:
-        try:
-            self._decode([token])
-        except Exception:  # as in add
-            return False
-        return True
+        text = self._decode(prompt)
+        if text is None:
+            prompt = [token for token in prompt if self._decode([token]) is not None]
+            text = self._decode(prompt) or ""
+        self._window, self._known = prompt, len(prompt)
+        self._before = self._text = text
 
     def _is_byte(self, token: int) -> bool:
         name = self._tokenizer.convert_ids_to_tokens(token)
         return isinstance(name, str) and _BYTE.fullmatch(name) is not None
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: list[int]) -> str | None:
+        """None: the tokenizer cannot. They raise what they like for an id that is not theirs."""
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+        except Exception:
+            return None
 
 
 def _equal(one: str, other: str) -> int:
