@@ -26,6 +26,10 @@ class RouterFileError(TideError):
     """A router file cannot be read."""
 
 
+class OutputFileError(TideError):
+    """A file cannot be written."""
+
+
 class UnknownOptionError(TideError):
     """An option that does not exist."""
 
@@ -69,6 +73,7 @@ __all__ = [
     "ModelChangedError",
     "NoRouterError",
     "NothingToSkipError",
+    "OutputFileError",
     "PaddingError",
     "RouterFileError",
     "RouterMismatchError",

@@ -75,7 +75,7 @@ def test_reference_file(tmp_path):
     with pytest.raises(RouterFileError, match=f"hidden size 32, this one has {HIDDEN}"):
         RouterBank.load(reference_file(path, 32)[0], model=model)
     path.write_bytes(b"nonsense")
-    with pytest.raises(RouterFileError, match="not a readable tide-inference"):
+    with pytest.raises(RouterFileError, match="not a readable router file"):
         RouterBank.load(path, model=model)
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from tabulate import tabulate
 from torch import nn
 
-from tide_compile.calibration.collect_states import collect_states, forget
+from tide_compile.calibration.collect_states import collect_states
 from tide_compile.calibration.distil_shortcuts import distil_shortcuts
 from tide_compile.calibration.fit_bank import fit_bank
+from tide_compile.calibration.partial_results import forget, tell_kept
 from tide_compile.calibration.processes import is_first, join_processes, wait_for_all
 from tide_compile.calibration.request import Request, make_request, readable_source, settled_config
 from tide_compile.calibration.statistics import Collected
 from tide_compile.config import TIDEConfig
+from tide_compile.errors import CalibrationDataError
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import attach
 from tide_compile.routers.metadata import SCREEN
@@ -49,7 +51,8 @@ def calibrate(
 
     Runs the model once, uncompiled, over the texts. Memory does not grow with their number: second moments for the
     projections, and a uniform sample of tokens to distil them and to train the routers. Interrupted, it goes on from
-    the last shard of 64 texts when it is called again (where the data has a name). Under ``torchrun`` each process
+    the last shard of 64 texts when it is called again (where the data has a name): what is done so far is kept in the
+    cache folder until the routers are saved, and logged as kept. Under ``torchrun`` each process
     takes its share of the texts.
 
     Exit projections are the translators of Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with
@@ -61,7 +64,8 @@ def calibrate(
             finds the routers.
         tokenizer: its tokenizer.
         config: ``exit_strategy``, ``router_kind``, ``calibration_label``, ``checkpoint_interval``, ``min_layers``, ...
-        save_path: router file to write (safetensors); None: the router cache, where the backend looks too.
+        save_path: router file to write (safetensors, whatever its name); None: the router cache, where the backend
+            looks too.
         dataset: in place of ``config.calibration_dataset``; also a list of strings.
         num_samples: in place of ``config.calibration_samples``.
         max_length: tokens read of each text. batch_size: texts at a time. seed: of sampling and training.
@@ -76,6 +80,7 @@ def calibrate(
 
     Raises:
         CalibrationDataError: the texts cannot be had, or are too few.
+        OutputFileError: the router file cannot be written; known before the model runs, where it can be.
         ConfigError: no checkpoint is permitted, or so few prompts cannot certify the bound.
         LayersNotFoundError: the model has no decoder layers.
     """
@@ -85,15 +90,27 @@ def calibrate(
     source = readable_source(config, dataset, num_prompts)
     corpus = Corpus(source, model, tokenizer, max_length, chat=chat, seed=seed)
     request = make_request(config, corpus, save_path)
+    available = corpus.check(request.limit, 0 if max_disagreement is None else num_prompts)
+    if max_disagreement is not None:
+        check_bound(max_disagreement, confidence, count_tested(available))
     join_processes()
-    collected = collect_states(request, batch_size, progress)
-    if is_first():
-        bank = _fit(request, collected, progress)
-        bank.save(request.path)
-        if max_disagreement is not None:
-            prompts = corpus.prompts(num_prompts, request.limit)
-            certify(model, bank, prompts, max_disagreement, confidence, config=config, progress=progress)
+    try:
+        collected = collect_states(request, batch_size, progress)
+        if is_first():
+            bank = _fit(request, collected, progress)
             bank.save(request.path)
+            if max_disagreement is not None:
+                prompts = corpus.prompts(num_prompts, request.limit)
+                certify(model, bank, prompts, max_disagreement, confidence, config=config, progress=progress)
+                bank.save(request.path)
+    except CalibrationDataError:
+        forget(request.partial)  # the same texts would not do a second time
+        raise
+    except BaseException:
+        if is_first():
+            tell_kept(request.partial)
+        raise
+    if is_first():
         forget(request.partial)
     wait_for_all()
     if not is_first():

@@ -5,25 +5,19 @@ Shapes: B batch, S sequence, T tokens, C watched layers, H hidden.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tide_compile.calibration.partial_results import PartialResults
 from tide_compile.calibration.processes import rank_and_world
 from tide_compile.calibration.request import Request
 from tide_compile.calibration.statistics import Collected, Gram, Reservoir
 from tide_compile.errors import CalibrationDataError
-from tide_compile.files import write_tensors
 from tide_compile.model.decoder import Decoder
 from tide_compile.text.corpus import Row
-
-log = logging.getLogger("tide_compile")
 
 TOKENS = 20_480  # kept for training routers and projections, a quarter as many for judging them
 _BYTES = 1 << 30  # and at most this much memory for both
@@ -34,17 +28,14 @@ def collect_states(request: Request, batch_size: int, progress: bool) -> Collect
     """Run the model over the texts of a calibration, ``batch_size`` rows at a time.
 
     Within ``torch.distributed`` each process takes every W-th shard, and all get the whole result. What is done so far
-    is written to ``request.partial`` after every shard; an interrupted run goes on from there if its signature is the
-    same.
+    is kept after every shard; an interrupted run goes on from there if its signature is the same.
 
     Raises:
         CalibrationDataError: the texts cannot be had, or are too few.
     """
     rank, world = rank_and_world()
-    collected, signature, partial = _empty(request), request.signature(), None
-    if request.partial is not None:
-        partial = request.partial.with_name(f"{request.partial.name}.{rank}-of-{world}")
-        _resume(collected, partial, signature)
+    collected, partial = _empty(request), PartialResults.of(request.partial, request.signature(), rank, world)
+    partial.resume(collected)
     bar = tqdm(
         desc="calibrate", total=request.limit, initial=collected.rows, unit="row", disable=not progress or rank != 0
     )
@@ -56,8 +47,7 @@ def collect_states(request: Request, batch_size: int, progress: bool) -> Collect
         _take_in(rows, request.decoder, batch_size, collected, dice)
         collected.shards, collected.rows = number + 1, collected.rows + len(rows)
         bar.update(len(rows))
-        if partial is not None:
-            _write(collected, partial, signature)
+        partial.write(collected)
     bar.close()
     if world > 1:
         collected.merge_processes()
@@ -68,13 +58,6 @@ def collect_states(request: Request, batch_size: int, progress: bool) -> Collect
     return collected
 
 
-def forget(partial: Path | None) -> None:
-    """Delete what ``collect_states`` has written, when its result is in safety."""
-    if partial is not None:
-        for path in partial.parent.glob(f"{partial.name}.*-of-*"):
-            path.unlink(missing_ok=True)
-
-
 def _empty(request: Request) -> Collected:
     decoder, width = request.decoder, len(request.watched) + 1
     hidden, dtype = decoder.hidden_dim, decoder.dtype
@@ -82,28 +65,6 @@ def _empty(request: Request) -> Collected:
     moments = () if request.config.exit_strategy == "identity" else request.layers
     grams = {layer: Gram(hidden, decoder.device) for layer in moments}
     return Collected(request.watched, grams, *(Reservoir(n, width, hidden, dtype) for n in (capacity, capacity // 4)))
-
-
-def _write(collected: Collected, partial: Path, signature: dict[str, object]) -> None:
-    state = {"signature": signature, "shards": collected.shards, "rows": collected.rows}
-    write_tensors(partial, collected.tensors(), {"tide": json.dumps(state)})
-
-
-def _resume(collected: Collected, partial: Path, signature: dict[str, object]) -> None:
-    if not partial.is_file():
-        return
-    try:
-        with safe_open(partial, "pt") as file:
-            state = json.loads(file.metadata()["tide"])
-            if state["signature"] != json.loads(json.dumps(signature)):
-                log.warning("%s is of a calibration with other data or settings, and is started anew", partial)
-                return
-            collected.load({n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118 (not a dict)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        log.warning("%s cannot be read (%s), so the calibration starts anew", partial, error)
-        return
-    collected.shards, collected.rows = state["shards"], state["rows"]
-    log.info("going on after %d rows of an interrupted calibration", collected.rows)
 
 
 def _take_in(rows: list[Row], decoder: Decoder, batch_size: int, into: Collected, dice: torch.Generator) -> None:

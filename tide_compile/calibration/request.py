@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tide_compile.config import TIDEConfig
-from tide_compile.errors import ConfigError
-from tide_compile.files import router_cache
+from tide_compile.errors import ConfigError, OutputFileError
+from tide_compile.files import calibration_cache, check_writable, user_path
 from tide_compile.model.decoder import Decoder, find_decoder
 from tide_compile.model.fingerprint import fingerprint
 from tide_compile.passes.place_checkpoints import checkpoint_layers
+from tide_compile.routers.lookup import cached_file
 from tide_compile.routers.metadata import Metadata
 from tide_compile.routers.settings import placed
 from tide_compile.text.corpus import Corpus
@@ -83,6 +86,7 @@ def make_request(config: TIDEConfig, corpus: Corpus, save_path: str | Path | Non
     Raises:
         ConfigError: no checkpoint is permitted.
         LayersNotFoundError: the model has no decoder layers.
+        OutputFileError: the router file cannot be written.
     """
     decoder = find_decoder(corpus.model)
     layers = checkpoint_layers(len(decoder.layers), config.checkpoint_interval, config.min_layers)
@@ -93,9 +97,16 @@ def make_request(config: TIDEConfig, corpus: Corpus, save_path: str | Path | Non
         )
     watched = tuple(range(layers[0], len(decoder.layers) - 1)) if config.calibrates_shortcuts else layers
     mark = fingerprint(corpus.model.parameters())
-    path = Path(save_path) if save_path else router_cache() / f"{mark}.safetensors"
+    path = user_path(save_path) if save_path else cached_file(mark)
+    try:
+        check_writable(path, _size(config, decoder, layers, watched))
+    except OutputFileError as error:
+        if save_path:
+            raise
+        raise OutputFileError(f"{error} Give save_path, or set TIDE_CACHE to another folder.") from error
     named = str(corpus.source) if isinstance(corpus.source, str | Path) else None
-    partial = path.with_name(f".{path.name}.partial") if named else None
+    told_apart = hashlib.sha256(f"{mark} {os.path.realpath(path)}".encode(errors="surrogateescape")).hexdigest()[:16]
+    partial = calibration_cache() / told_apart if named else None
     facts: Metadata = {
         "data": named or type(corpus.source).__name__,
         "chat": corpus.chat,
@@ -103,3 +114,14 @@ def make_request(config: TIDEConfig, corpus: Corpus, save_path: str | Path | Non
         "max_length": corpus.max_length,
     }
     return Request(config, decoder, corpus, layers, watched, mark, path, partial, facts)
+
+
+def _size(config: TIDEConfig, decoder: Decoder, layers: tuple[int, ...], watched: tuple[int, ...]) -> int:
+    """Bytes of the router file, roughly and rather too many: maps of exits, routers with probes, shortcuts, in fp32."""
+    hidden = decoder.hidden_dim
+    exits = 0 if config.exit_strategy == "identity" else hidden * hidden
+    routers = config.router_bottleneck_dim * hidden
+    if config.router_kind == "probe":
+        routers += config.probe_rank * (hidden + config.probe_vocabulary)
+    shortcuts = 2 * config.projection_rank * hidden * len(watched) if config.calibrates_shortcuts else 0
+    return 4 * (len(layers) * (exits + routers) + shortcuts) + (1 << 16)

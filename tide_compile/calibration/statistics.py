@@ -79,6 +79,12 @@ class Reservoir:
         """By name; writing into these changes it."""
         return {n: getattr(self, n) for n in ("states", "keys", "seen")}
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """By name, without the places that no token has taken yet."""
+        taken = self.keys.isfinite()
+        return {"states": self.states[taken], "keys": self.keys[taken], "seen": self.seen}
+
     def __len__(self) -> int:
         return int(self.keys.isfinite().sum())
 
@@ -120,18 +126,22 @@ class Collected:
     rows: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, by name; writing into these changes it."""
-        parts = {"train": self.train, "held_out": self.held_out} | {f"gram_{n}": g for n, g in self.grams.items()}
-        return {f"{part}.{name}": t for part, owner in parts.items() for name, t in owner.tensors.items()}
+        """All of it, by name."""
+        parts = {"train": self.train.kept, "held_out": self.held_out.kept}
+        parts |= {f"gram_{n}": gram.tensors for n, gram in self.grams.items()}
+        return {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
     def states(self, part: Reservoir, layer: int) -> Tensor:
         """[T, H] of one of the parts, behind a layer; -1: behind the last."""
         return part.at(-1 if layer == -1 else self.layers.index(layer))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the values of ``tensors()`` of another one."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+        """Take over the values of ``tensors()`` of another one of the same sizes, in which nothing has been sampled."""
+        parts = {"train": self.train, "held_out": self.held_out} | {f"gram_{n}": g for n, g in self.grams.items()}
+        for part, owner in parts.items():
+            for name, tensor in owner.tensors.items():
+                given = tensors[f"{part}.{name}"]
+                (tensor[: len(given)] if tensor.dim() else tensor).copy_(given)
 
     def merge_processes(self) -> None:
         """Add up what the processes of ``torch.distributed`` have; afterwards each has all of it."""

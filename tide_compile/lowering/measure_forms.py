@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tide_compile.errors import OutputFileError
 from tide_compile.files import cache_folder, write_text
 from tide_compile.kernels.cpu.linear import packed_linear, template_linear
 from tide_compile.kernels.few_rows import FEW_ROWS
@@ -48,7 +49,7 @@ def known_forms(found: Iterable[Linears], pack_weights: bool = False, template: 
     for linears in found:
         possible = possible_forms(linears, pack_weights, template)
         form = possible[0] if len(possible) == 1 else known.get(_key(linears, possible))
-        if form is not None:
+        if form in possible:
             forms[linears] = form
     return forms
 
@@ -84,8 +85,8 @@ def fastest_forms(found: Iterable[Linears], pack_weights: bool = False, template
         known[machine_name()] = known.get(machine_name(), {}) | measured
         try:
             write_text(_path(), json.dumps(known, indent=1, sort_keys=True))
-        except OSError as error:
-            log.warning("what was measured is not kept for the next process: %s", error)
+        except OutputFileError as error:
+            _say_once(f"what was measured is not kept for the next process: {error}")
     return forms
 
 
@@ -188,9 +189,15 @@ def _path() -> Path:
 def _load() -> dict[str, dict[str, Form]]:
     """Forms by product, by machine."""
     try:
-        return json.loads(_path().read_text())
-    except FileNotFoundError:
+        known = json.loads(_path().read_text(encoding="utf-8"))
+        return {machine: {name: form for name, form in forms.items()} for machine, forms in known.items()}
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    except json.JSONDecodeError:
-        log.warning("%s cannot be read and is measured anew", _path())
+    except (OSError, ValueError, AttributeError) as error:  # of a file with other things in it, too
+        _say_once(f"{str(_path())!r} cannot be read, and products are measured anew: {error}")
         return {}
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    log.warning("%s", what)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tide_compile.errors import ConfigError, RouterFileError
+from tide_compile.files import user_path
 from tide_compile.model.norm import Norm
 from tide_compile.routers.metadata import CERTIFICATE, SCREEN, Metadata
 from tide_compile.routers.networks import Projection, TokenRouter
@@ -106,7 +107,14 @@ class RouterBank:
         return cls(routers, Norm(torch.ones(hidden_dim, dtype=torch.float32)), num_layers)
 
     def save(self, path: str | Path) -> Path:
-        """Write the bank as safetensors, atomically: an interrupted save leaves the old file."""
+        """Write the bank as safetensors, atomically: an interrupted save leaves the old file.
+
+        Args:
+            path: of any name, and with ``~`` for the home folder; ``load`` knows its files by their bytes.
+
+        Raises:
+            OutputFileError: the file cannot be written.
+        """
         tensors = {"norm.weight": self.norm.weight}
         if self.norm.bias is not None:
             tensors["norm.bias"] = self.norm.bias
@@ -132,7 +140,7 @@ class RouterBank:
         Raises:
             RouterFileError: no such file, corrupt, of another format, or a ``router.pt`` without a model.
         """
-        path = Path(path)
+        path = user_path(path)
         if is_tide_inference(path):
             routers, norm, num_layers, mark = read_tide_inference(path, model)
             return cls(routers, norm, num_layers, fingerprint=mark)

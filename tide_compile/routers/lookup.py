@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tide_compile.errors import ConfigError, NoRouterError, RouterMismatchError
-from tide_compile.files import router_cache
+from tide_compile.files import router_cache, user_path
 from tide_compile.model.fingerprint import fingerprint
 from tide_compile.routers.bank import RouterBank
 
@@ -62,9 +62,8 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
         )
     if banks:
         return next(iter(banks.values()))
-    mark = fingerprint(parameters)
-    cached = router_cache() / f"{mark}.safetensors"
-    if cached.is_file():
+    cached = cached_file(fingerprint(parameters))
+    if os.path.isfile(cached):  # says no, and raises nothing, where one may not look
         return RouterBank.load(cached)
     raise NoRouterError(
         "this model has no routers. Make them once with tide_compile.calibrate(model, tokenizer), or pass "
@@ -72,13 +71,18 @@ def find_bank(router: str | Path | RouterBank | None, parameters: Iterable[nn.Pa
     )
 
 
+def cached_file(mark: str) -> Path:
+    """Where the router cache has the routers of a model with this fingerprint."""
+    return router_cache() / f"{mark}.safetensors"
+
+
 def version_of(router: str | Path | RouterBank | None) -> object:
     """Changes when ``find_bank`` may give another answer: a new attachment, a file written anew. None: the answer of
     before stands (a bank, or a file that is gone)."""
     if isinstance(router, str | Path):
         try:
-            status = os.stat(router)
-        except FileNotFoundError:
+            status = os.stat(user_path(router))
+        except OSError:
             return None
         return status.st_mtime_ns, status.st_ino
     return _attachments if router is None else None

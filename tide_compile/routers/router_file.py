@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ def read_router_file(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     Raises:
         RouterFileError: no such file, not readable, or of another format.
     """
-    _require(path)
     try:
         with safe_open(path, "pt") as file:
             header = dict(json.loads((file.metadata() or {}).get("tide", "{}")))
@@ -49,11 +49,17 @@ def read_router_file(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def is_tide_inference(path: Path) -> bool:
-    """Whether this is a file of tide-inference, a pickle of ``torch.save``, whatever its name."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(9)
+    """Whether this is a file of tide-inference, a pickle of ``torch.save``, whatever its name.
+
+    Raises:
+        RouterFileError: no such file, or not readable.
+    """
+    _require(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise RouterFileError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
     return head[8:] != b"{" and head.startswith(_PICKLED)  # a safetensors file: its header's length, and JSON
 
 
@@ -64,13 +70,35 @@ def read_tide_inference(path: Path, model: nn.Module | None) -> tuple[dict[int, 
     Raises:
         RouterFileError: no such file, not readable, for another hidden size, or there is no ``model``.
     """
-    _require(path)
     if model is None:
         raise RouterFileError(
             f"{str(path)!r} is a router file of tide-inference, which lacks the model's norm. Load it with "
             "tide_compile.TIDE(model, router_path=...), or convert it once: "
             "RouterBank.load(path, model=model).save('router.safetensors')."
         )
+    hidden_dim, routers = _unpickled(path)
+    decoder = find_decoder(model)
+    if decoder.hidden_dim != hidden_dim:
+        raise RouterFileError(
+            f"{str(path)!r} is for models of hidden size {hidden_dim}, this one has {decoder.hidden_dim}."
+        )
+    return routers, decoder.final_norm(), len(decoder.layers), fingerprint(model.parameters())
+
+
+def check_router_file(path: Path) -> None:
+    """Find out whether there are routers in a file, of either kind, as far as that can be known without a model.
+
+    Raises:
+        RouterFileError: there are none.
+    """
+    if is_tide_inference(path):
+        _unpickled(path)
+    else:
+        read_router_file(path)
+
+
+def _unpickled(path: Path) -> tuple[int, dict[int, TokenRouter]]:
+    """H and the routers by layer."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         routers = {}
@@ -79,16 +107,15 @@ def read_tide_inference(path: Path, model: nn.Module | None) -> tuple[dict[int, 
             routers[int(layer)].load_state_dict(weights)
     except Exception as error:  # torch.load raises many kinds for a bad file
         raise RouterFileError(f"{str(path)!r} is not a readable tide-inference router file ({error}).") from error
-    decoder = find_decoder(model)
-    if decoder.hidden_dim != state["hidden_dim"]:
-        raise RouterFileError(
-            f"{str(path)!r} is for models of hidden size {state['hidden_dim']}, this one has {decoder.hidden_dim}."
-        )
-    return routers, decoder.final_norm(), len(decoder.layers), fingerprint(model.parameters())
+    return state["hidden_dim"], routers
 
 
 def _require(path: Path) -> None:
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise RouterFileError(f"{str(path)!r} is a folder: name the router file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RouterFileError(f"{str(path)!r} is a device, a pipe or a socket: name a router file.")
+    if not os.path.isfile(path):  # says no, and raises nothing, where one may not look
         raise RouterFileError(
             f"no router file at {str(path)!r}. Make one with tide_compile.calibrate(model, tokenizer, save_path=...)."
         )

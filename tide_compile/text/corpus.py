@@ -6,6 +6,7 @@ A shard is made when it is called, so that a resumed run, or another process, pa
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 from torch import nn
 
 from tide_compile.errors import CalibrationDataError
+from tide_compile.files import user_path
 from tide_compile.text.self_text import continue_prompts, openings, questions
-from tide_compile.text.sources import calibration_texts, sources_of
+from tide_compile.text.sources import calibration_texts, count_texts, sources_of
 
 SELF = "self"
 SHARD = 64  # rows
@@ -94,10 +96,26 @@ class Corpus:
         skip = self._each(limit)
         return self._beginnings(list(itertools.islice(calibration_texts(self._texts, skip + count), skip, None)))
 
+    def check(self, limit: int, prompts: int = 0) -> int:
+        """Read the texts that lie here, as far as ``shards(limit)`` and so many ``prompts`` need them: what is wrong
+        with them is known before the model has run for long.
+
+        Returns:
+            Number of prompts that there will be, as far as can be known.
+
+        Raises:
+            CalibrationDataError: the texts cannot be read.
+        """
+        for number, source in enumerate(s for s in self._sources if s != SELF):
+            found = count_texts(source, self._each(limit) + (prompts if number == 0 else 0))
+            if number == 0 and found is not None:
+                prompts = min(prompts, max(0, found - self._each(limit)))
+        return prompts
+
     def versions(self) -> list[int]:
         """When the files among the sources were last written, in nanoseconds."""
-        paths = [Path(s) for s in self._sources if isinstance(s, str | Path) and s != SELF]
-        return [path.stat().st_mtime_ns for path in paths if path.is_file()]
+        paths = [user_path(s) for s in self._sources if isinstance(s, str | Path) and s != SELF]
+        return [path.stat().st_mtime_ns for path in paths if os.path.isfile(path)]
 
     def _each(self, limit: int) -> int:
         """Rows of each source."""
