@@ -65,7 +65,7 @@ def compact_rows(program: Program, plan: Plan) -> Program:
                 log.warning("no compact form of segments like %s, they are masked: %r", name, error)
                 done[key] = "the part that is not understood"
         if isinstance(done[key], str):
-            log.info("%s is masked, never compacted: %s sees all rows", name, done[key])
+            log.debug("%s is masked, never compacted: %s sees all rows", name, done[key])
             continue
         graph, kept = done[key]
         names = (*piece.inputs, ROWS)

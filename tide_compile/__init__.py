@@ -10,22 +10,25 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():  # a checkout, editable or bare: passes/ and kernels/ lie beside this folder
     __path__.append(str(_root))
 
-from tide_compile import compat  # noqa: E402  (needs __path__)
-from tide_compile.calibration.calibrate import calibrate  # noqa: E402
-from tide_compile.calibration.synthetic import synthetic_routers  # noqa: E402
-from tide_compile.config import TIDEConfig  # noqa: E402
-from tide_compile.generation.compiled_generate import install  # noqa: E402
-from tide_compile.generation.engine import TIDE  # noqa: E402
-from tide_compile.generation.token_trace import TokenTrace  # noqa: E402
-from tide_compile.inspection.explain import explain  # noqa: E402
-from tide_compile.inspection.graph_dump import dump  # noqa: E402
-from tide_compile.kernels.cpu.packed_weights import drop_packed, packed_bytes  # noqa: E402
-from tide_compile.reference import eager_reference  # noqa: E402
-from tide_compile.routers.bank import RouterBank, TokenRouter  # noqa: E402
-from tide_compile.routers.lookup import attach  # noqa: E402
-from tide_compile.runtime.exit_stats import ExitStats, record_exits  # noqa: E402
-from tide_compile.runtime.overrides import exit_threshold  # noqa: E402
-from tide_compile.runtime.piece_times import record_times  # noqa: E402
+from tide_compile.compat.quiet_imports import quiet_imports  # noqa: E402  (needs __path__)
+
+with quiet_imports():
+    from tide_compile import compat
+    from tide_compile.calibration.calibrate import calibrate
+    from tide_compile.calibration.synthetic import synthetic_routers
+    from tide_compile.config import TIDEConfig
+    from tide_compile.generation.compiled_generate import install
+    from tide_compile.generation.engine import TIDE
+    from tide_compile.generation.token_trace import TokenTrace
+    from tide_compile.inspection.explain import explain
+    from tide_compile.inspection.graph_dump import dump
+    from tide_compile.kernels.cpu.packed_weights import drop_packed, packed_bytes
+    from tide_compile.reference import eager_reference
+    from tide_compile.routers.bank import RouterBank, TokenRouter
+    from tide_compile.routers.lookup import attach
+    from tide_compile.runtime.exit_stats import ExitStats, record_exits
+    from tide_compile.runtime.overrides import exit_threshold
+    from tide_compile.runtime.piece_times import record_times
 
 install()  # torch.compile imports this package when it looks the backend up
 compat.install()

@@ -231,7 +231,7 @@ def test_mistakes(folder, router, tmp_path):
     cases = [
         (["generate", folder, "--prompt", "w5"], f"tide calibrate {folder}"),
         (["generate", tmp_path / "none", "--prompt", "w5"], "there is no model at"),
-        (["generate", tmp_path, "--prompt", "w5"], "no model could be loaded"),
+        (["generate", tmp_path, "--prompt", "w5"], "no config could be loaded"),
         (["inspect", tmp_path / "none.safetensors"], "no router file"),
         (["generate", folder, "--prompt", "w5", "--dtype", "fp8"], "fp8"),
         (["inspect", tmp_path / "none.gguf"], "there is no model at"),

@@ -116,8 +116,8 @@ def calibrate(
     if not is_first():
         bank = RouterBank.load(request.path)
     attach(model, bank)
-    table = tabulate(bank.metadata["table"], "keys")
-    log.info("routers for %d checkpoints saved to %s\n%s", len(request.layers), request.path, table)
+    log.info("routers for %d checkpoints saved to %s", len(request.layers), request.path)
+    log.debug("%s", tabulate(bank.metadata["table"], "keys"))
     return bank
 
 

@@ -6,8 +6,9 @@ token after the first.
 
 from __future__ import annotations
 
+import os
+import shlex
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from tide_compile.calibration.calibrate import calibrate
+from tide_compile.cli.check_inputs import check_files
 from tide_compile.cli.demo_model import demo_model_file
 from tide_compile.cli.model_inputs import encode
 from tide_compile.cli.output import console, print_json, working
@@ -25,9 +27,13 @@ from tide_compile.generation.compiled_generate import routed_through
 from tide_compile.generation.engine import TIDE
 from tide_compile.generation.token_clock import TokenClock
 from tide_compile.lowering.machine_name import cpu_name
+from tide_compile.model.fingerprint import fingerprint
 from tide_compile.model.loading import load_model, load_tokenizer
+from tide_compile.routers.bank import RouterBank
+from tide_compile.routers.lookup import cached_file
 from tide_compile.runtime.exit_stats import ExitStats
 
+_DATA = "pydoc"
 PROMPT = "Explain in a few sentences how a bicycle stays upright."
 
 
@@ -37,17 +43,16 @@ def run_demo(
 ) -> None:  # fmt: skip
     """Calibrate on text that comes with Python, generate from a prompt, print the text, the exits and a table of
     milliseconds per decoded token."""
+    check_files(router=router, html=html)
     path = name or str(demo_model_file())
     with working(f"loading {Path(path).name}"):
         model, tokenizer = load_model(path, torch.float32), load_tokenizer(path)
     config = TIDEConfig(
-        exit_threshold=threshold, calibration_samples=samples, calibration_dataset="pydoc", distillation_steps=20
+        exit_threshold=threshold, calibration_samples=samples, calibration_dataset=_DATA, distillation_steps=20
     )  # fmt: skip
+    file = router or _free_file(cached_file(fingerprint(model.parameters())))
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        bank = calibrate(
-            model, tokenizer, config, save_path=router or Path(folder) / "router.safetensors", progress=not as_json
-        )
+    bank = calibrate(model, tokenizer, config, save_path=file, progress=not as_json)
     calibration = time.perf_counter() - started
     engine = TIDE(model, bank, config)
     measured = _compare(model, engine, tokenizer, tokens, rounds)
@@ -65,6 +70,15 @@ def run_demo(
     console().print(f"{about}\n\n{PROMPT}\n", soft_wrap=True)
     title = f"{Path(path).name}, float32, batch 1, {rounds} x {tokens} tokens, exit threshold {threshold}"
     _show(measured, engine.last_stats, title)
+    given = "" if router is None and file == cached_file(bank.fingerprint) else f" --router {shlex.quote(str(file))}"
+    command = f"tide generate {shlex.quote(path)}{given} --prompt 'Why is the sky blue?' --stream"
+    console().print(f"routers: {file}\nTry them: {command}", markup=False, soft_wrap=True)
+
+
+def _free_file(cached: Path) -> Path:
+    """Where the demo's routers go: the router cache, but not in the place of routers that were made with more care."""
+    made_of = RouterBank.load(cached).metadata.get("data") if os.path.isfile(cached) else _DATA
+    return cached if made_of == _DATA else cached.with_name(f"{cached.stem}.demo.safetensors")
 
 
 def _compare(

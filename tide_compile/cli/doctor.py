@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from tide_compile.cli.check_inputs import check_dtype
 from tide_compile.cli.model_inputs import encode, find_bank_maybe
 from tide_compile.cli.output import console, print_json, size_of, working
 from tide_compile.errors import TideError
@@ -28,6 +29,8 @@ _EXTRAS = ("gguf", "accelerate", "peft", "torchao", "matplotlib")
 
 def examine(name: str | None, dtype: str, as_json: bool) -> bool:
     """Print the findings; False if something keeps models from being compiled here, and that is said first."""
+    if name is not None:
+        check_dtype(dtype)
     problems = list(_problems())
     found = {
         "problems": problems,

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tide_compile.cli.output import console
+from tide_compile.files import replacing
 from tide_compile.planning.frontier import Point
 from tide_compile.planning.token_costs import TokenCosts
 
@@ -120,5 +121,6 @@ def draw_frontier(found: Findings, path: Path, title: str) -> None:
         axis.set(xlabel="tokens that differ from the full model's choice, %", ylabel=label)
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     pyplot.close(figure)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from transformers import TextStreamer, set_seed
 
+from tide_compile.cli.check_inputs import check_dtype, check_files, check_router, room_for
 from tide_compile.cli.model_inputs import encode, open_engine
 from tide_compile.cli.output import console, notes, print_json, size_of, working
 from tide_compile.kernels.cpu.packed_weights import packed_bytes
-from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.model.loading import load_config, load_model, load_tokenizer
 
 
 def generate_text(
@@ -20,17 +21,28 @@ def generate_text(
     temperature: float, seed: int, dtype: str, pack_weights: bool, stream: bool, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Print what the model makes of each prompt, or write it to stdout as JSON; ``html``: the token depth view, too."""
+    chosen = check_dtype(dtype)
+    check_files(html=html)
+    check_router(router)
     with working(f"loading {name}"):
-        model, tokenizer = load_model(name, find_dtype(dtype)), load_tokenizer(name)
+        config, tokenizer = load_config(name), load_tokenizer(name)
+        inputs = encode(tokenizer, prompts, chat)
+        room = room_for(config, inputs["input_ids"].shape[1], max_new_tokens)
+        model = load_model(name, chosen)
         engine = open_engine(model, router, threshold, name, pack_weights=pack_weights)
-    inputs = encode(tokenizer, prompts, chat).to(model.device)
+    if room < max_new_tokens:
+        notes().print(f"at most {room} tokens: there the positions that the model was made for end", style="yellow")
+    inputs = inputs.to(model.device)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     started = time.perf_counter()
-    with nullcontext() if stream else working("generating (the first time, this compiles)"):
+    what = "generating (the first call compiles, which can take minutes)"
+    if stream:
+        notes().print(f"{what} ...", style="dim")
+    with nullcontext() if stream else working(what):
         ids = engine.generate(
-            **inputs, **sampling, max_new_tokens=max_new_tokens, streamer=streamer, tokenizer=tokenizer,
+            **inputs, **sampling, max_new_tokens=room, streamer=streamer, tokenizer=tokenizer,
             pad_token_id=tokenizer.pad_token_id, trace=html is not None or as_json,
         )  # fmt: skip
     seconds = time.perf_counter() - started

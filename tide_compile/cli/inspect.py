@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import BatchEncoding
 from transformers.generation.streamers import BaseStreamer
 
+from tide_compile.cli.check_inputs import check_dtype, check_folder, check_router, room_for
 from tide_compile.cli.model_inputs import encode, find_bank_maybe
 from tide_compile.cli.output import console, print_json, size_of, working
 from tide_compile.cli.router_tables import checkpoint_table, reliability_rows
 from tide_compile.config import TIDEConfig
+from tide_compile.files import user_path
 from tide_compile.generation.engine import TIDE
 from tide_compile.inspection.explain import explain
 from tide_compile.inspection.graph_dump import CONTENTS, INDEX, GraphDump, dump
-from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.model.loading import load_config, load_model, load_tokenizer
 from tide_compile.routers.bank import RouterBank
 from tide_compile.runtime.exit_stats import ExitStats, record_exits
 from tide_compile.runtime.piece_times import Times, record_times
@@ -34,8 +36,9 @@ def inspect_path(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Look at a router file or at a model."""
-    if Path(name).suffix in _ROUTER_FILES:
-        inspect_router(Path(name), as_json)
+    path = user_path(name)
+    if path.suffix in _ROUTER_FILES or (path.suffix != ".gguf" and path.is_file()):
+        inspect_router(path, as_json)
     else:
         inspect_model(name, router, threshold, prompt, dtype, folder, as_json)
 
@@ -76,9 +79,15 @@ def inspect_model(
     name: str, router: str | None, threshold: float | None, prompt: str, dtype: str, folder: Path | None, as_json: bool
 ) -> None:
     """What the passes do with a model's graph; with ``folder``, compile it and write the dump."""
+    chosen = check_dtype(dtype)
+    check_folder("--dump", folder)
+    check_router(router)
     with working(f"loading {name}"):
-        model, tokenizer = load_model(name, find_dtype(dtype)), load_tokenizer(name)
-        inputs = encode(tokenizer, [prompt], chat=False).to(model.device)
+        config, tokenizer = load_config(name), load_tokenizer(name)
+        inputs = encode(tokenizer, [prompt], chat=False)
+        room_for(config, inputs["input_ids"].shape[1], _TOKENS)
+        model = load_model(name, chosen)
+        inputs = inputs.to(model.device)
         bank = None if threshold == 1 else find_bank_maybe(router, model)
     options = {"exit_threshold": threshold, "router": bank}
     found = explain(model, **inputs, options=options)

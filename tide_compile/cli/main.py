@@ -1,21 +1,28 @@
 """tide: the command. Each subcommand's work lives in a module of its own; here are names, options and exit codes.
 
-Exit codes: 0 done, 1 it failed and one line says why, 2 the command line is wrong.
+Exit codes: 0 done, 1 it failed and one line says why, 2 the command line is wrong, 130 it was interrupted.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tide_compile.cli.options import Debug, Dtype, Json, Model, Page, Router, Threshold
+from tide_compile.cli.output import begin_log, notes
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_ON_A_TERMINAL = sys.stdout.isatty() and sys.stderr.isatty()
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if _ON_A_TERMINAL else None,  # no boxes in pipes
+    context_settings={} if _ON_A_TERMINAL else {"terminal_width": 120},
+)  # fmt: skip
+_INTERRUPTED = 130  # as a shell says it
 
 
 @app.callback()
@@ -30,7 +37,7 @@ def demo(
     threshold: Annotated[float, typer.Option(min=0.0, max=1.0, help="Exit threshold.")] = 0.85,
     tokens: Annotated[int, typer.Option(min=4, help="Tokens to generate.")] = 40,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each contender generates.")] = 3,
-    router: Annotated[Path | None, typer.Option(help="Router file to write; default: a temporary one.")] = None,
+    router: Annotated[Path | None, typer.Option(help="Router file to write; default: in the router cache.")] = None,
     html: Page = None,
     json: Json = False,
     debug: Debug = False,
@@ -261,15 +268,21 @@ def warmup(
 
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """Errors of the body as one line on stderr and exit code 1; with ``debug`` as they are."""
+    """Errors of the body as one line on stderr and exit code 1, an interruption as 130; with ``debug`` as they are."""
+    begin_log(debug)
     try:
         yield
-    except (typer.Exit, typer.Abort, KeyboardInterrupt):
+    except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        notes().print("interrupted", style="yellow")
+        raise typer.Exit(_INTERRUPTED) from None
     except Exception as error:
         if debug:
             raise
         text = " ".join(str(error).split()) or repr(error)
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(text)
+        notes().print(f"[bold red]error:[/] {type(error).__name__}: ", end="", soft_wrap=True)
+        notes().print(text, markup=False, soft_wrap=True)
         raise typer.Exit(1) from error

@@ -31,19 +31,31 @@ def encode(tokenizer: object, prompts: Sequence[str], chat: bool) -> BatchEncodi
     """Token ids and mask [B, S], padded on the left.
 
     Raises:
-        ConfigError: ``chat`` with a tokenizer that has no chat template.
+        ConfigError: ``chat`` with a tokenizer that has no chat template, or a prompt without a single token.
     """
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"--prompt: number {number} holds bytes that are no text in UTF-8.") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not chat:
-        return tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise ConfigError("this model's tokenizer has no chat template: leave --chat out.")
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
+    if chat:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+        )
+    else:
+        inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, return_token_type_ids=False)
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    if 0 in lengths:
+        raise ConfigError(
+            f"--prompt: number {lengths.index(0) + 1} has no tokens, so there is nothing to go on from: give some text."
+        )
+    return inputs
 
 
 def find_bank_maybe(router: str | None, model: torch.nn.Module) -> RouterBank | None:

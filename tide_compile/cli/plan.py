@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich.console import Console
 from rich.table import Table
 
-from tide_compile.model.loading import find_dtype, load_skeleton
+from tide_compile.cli.check_inputs import check_device, check_dtype
+from tide_compile.cli.output import console
+from tide_compile.model.loading import load_skeleton
 from tide_compile.planning.forecast import CostModel, find_device
 
 _HEADERS = ("batch", "context", "leave after", "share", "off, ms", "with exits, ms", "speed-up", "pays from")
@@ -20,7 +21,8 @@ def show_plan(
     share: float, as_json: bool,
 ) -> None:  # fmt: skip
     """Print a forecast for every batch, context and depth, or write it to stdout as JSON."""
-    chosen = find_dtype(dtype)
+    chosen = check_dtype(dtype)
+    check_device(device, chosen)
     skeleton = load_skeleton(model, chosen)
     target = find_device(device, chosen, skeleton.config)
     layers = skeleton.config.get_text_config(decoder=True).num_hidden_layers
@@ -41,4 +43,4 @@ def show_plan(
         even = "never" if f.break_even is None else f"{f.break_even:.1%}"
         numbers = f"{f.off:.2f}", f"{f.on:.2f}", f"{f.speedup:.2f}", even
         table.add_row(str(f.batch), str(f.context), f"{f.depth} of {layers}", f"{f.share:.0%}", *numbers)
-    Console().print(table)
+    console().print(table)

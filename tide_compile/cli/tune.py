@@ -7,13 +7,15 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from tide_compile.cli.check_inputs import check_data, check_device, check_dtype, check_files, check_router
 from tide_compile.cli.frontier_report import Findings, draw_frontier, findings_record, show_frontier
 from tide_compile.cli.output import notes, print_json, working
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import ConfigError
-from tide_compile.model.loading import find_dtype, load_model, load_tokenizer
+from tide_compile.model.loading import load_model, load_tokenizer
 from tide_compile.planning.choose_checkpoints import LEVELS
 from tide_compile.planning.forecast import find_device, predict_costs
 from tide_compile.planning.frontier import find_frontier, recommend, save_point, time_point
@@ -69,9 +71,9 @@ class Texts:
 def tune_model(asked: Asked, as_json: bool) -> bool:
     """Print the frontier and the recommendation, for this machine or, predicted, for a ``device``. Returns whether
     there is a point that was asked for."""
-    _check(asked)
+    dtype = _check(asked)
     with working(f"loading {asked.model}"):
-        model, tokenizer = load_model(asked.model, find_dtype(asked.dtype)), load_tokenizer(asked.model)
+        model, tokenizer = load_model(asked.model, dtype), load_tokenizer(asked.model)
         bank = resolve_bank(asked.router, model)
     read = _read(asked, model, tokenizer, bank)
     found = _find(asked, model, bank, read, progress=not as_json)
@@ -85,12 +87,19 @@ def tune_model(asked: Asked, as_json: bool) -> bool:
     return found.best is not None
 
 
-def _check(asked: Asked) -> None:
-    """Before anything takes long."""
+def _check(asked: Asked) -> torch.dtype:
+    """Before anything takes long; returns the dtype."""
     if asked.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'tide-compile[plot]'.")
     if asked.prompts < 2:
         raise ConfigError("--prompts must be at least 2: half of them choose candidates, the others measure.")
+    dtype = check_dtype(asked.dtype)
+    check_device(asked.device, dtype)
+    check_files(plot=asked.plot, save=asked.save)
+    check_router(asked.router)
+    if asked.data is not None:
+        check_data(asked.data, asked.prompts)
+    return dtype
 
 
 def _read(asked: Asked, model: nn.Module, tokenizer: object, bank: RouterBank) -> Texts:

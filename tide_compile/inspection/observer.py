@@ -31,7 +31,9 @@ class CompileObserver:
 
     def planned(self, program: Program, plan: Plan) -> None:
         """The passes are done."""
-        log.info("%d layers, exits after layers %s", len(plan.layers), list(plan.checkpoints) or "none")
+        shape = ", ".join(map(str, plan.boundaries.entering_value.shape))
+        exits = list(plan.checkpoints) or "none"
+        log.info("compiling [%s]: %d layers, exits after layers %s", shape, len(plan.layers), exits)
         for dump in self.dumps:
             dump.planned(program, plan)
 

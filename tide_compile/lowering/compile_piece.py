@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
@@ -17,6 +19,8 @@ from tide_compile.torch_internals.fx import tracing_with
 from tide_compile.torch_internals.inductor import compile_fx, hand_on_static_addresses, mode_options
 from tide_compile.torch_internals.switches import enabled
 
+log = logging.getLogger("tide_compile")
+
 Runnable = Callable[..., tuple]
 
 PATCHES = {
@@ -27,7 +31,11 @@ PATCHES = {
 
 def compile_whole(gm: GraphModule, example_inputs: Sequence[object], mode: str | None) -> Runnable:
     """The graph as stock ``torch.compile`` would lower it."""
-    return compile_fx(gm, list(example_inputs), config_patches=mode_options(mode) or None)
+    started = time.perf_counter()
+    log.info("compiling a graph of %d nodes as stock Inductor does", len(gm.graph.nodes))
+    run = compile_fx(gm, list(example_inputs), config_patches=mode_options(mode) or None)
+    log.info("compiled it in %.1f s", time.perf_counter() - started)
+    return run
 
 
 def compile_piece(piece: Piece, patches: Mapping[str, object], tricks: frozenset[str]) -> Runnable:

@@ -49,12 +49,13 @@ class LazyPiece:
 
     def _compile(self) -> Runnable:
         started = time.perf_counter()
+        log.info("compiling %s, which is needed for the first time", self._piece.name)
         if not self._guarded and self._rows is None:
             run = compile_piece(self._piece, self._patches, self._tricks)
         else:  # in a module of its own: Dynamo skips code that was generated while it compiled
             module = GraphModule(self._piece.graph, self._piece.graph.graph)
             run = torch.compile(module.forward, fullgraph=True, options=PATCHES | dict(self._patches))
-        log.info("compiled a piece on its first run in %.1f s", time.perf_counter() - started)
+        log.info("compiled %s in %.1f s", self._piece.name, time.perf_counter() - started)
         return run
 
 

@@ -45,7 +45,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Device:
             left, right = (torch.ones(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))
             flops = 2.0 * _SIZE**3 / _median(lambda: torch.mm(left, right), device)
             found = Device(flops, bandwidth, _median(lambda: small + 1, device))
-    log.info(
+    log.debug(
         "%s %s: %.0f GFLOP/s, %.1f GB/s, %.0f us per kernel",
         device, dtype, found.flops / 1e9, found.bandwidth / 1e9, found.overhead * 1e6,
     )  # fmt: skip

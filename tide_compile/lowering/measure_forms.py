@@ -79,7 +79,7 @@ def fastest_forms(found: Iterable[Linears], pack_weights: bool = False, template
         seconds = seconds_of(candidates(linears, possible), linears)
         fastest = min(seconds, key=lambda form: seconds[form] + _CALL * calls.get(form, len(linears.outs)))
         forms[linears] = measured[_key(linears, possible)] = fastest
-        log.info("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
+        log.debug("%s: %s", linears, ", ".join(f"{form} {s * 1e6:.0f} us" for form, s in seconds.items()))
     if measured:
         known = _load()
         known[machine_name()] = known.get(machine_name(), {}) | measured

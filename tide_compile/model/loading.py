@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tide_compile.errors import ConfigError
+from tide_compile.files import user_path
 from tide_compile.kernels.gpu.cards import DTYPES
 
 _NOT_LOADED = (OSError, ValueError)  # nothing is there; something is, but no model
@@ -27,17 +29,26 @@ def load_model(name: str, dtype: torch.dtype) -> nn.Module:
         raise ConfigError(f"no model could be loaded from {name!r}: {error}") from error
 
 
-def load_skeleton(name: str, dtype: torch.dtype) -> nn.Module:
-    """The model without weights, on the ``meta`` device; only its config is read.
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of a model.
 
     Raises:
         ConfigError: there is no such config.
     """
     where, extra = source_of(name)
     try:
-        config = AutoConfig.from_pretrained(where, **extra)
+        return AutoConfig.from_pretrained(where, **extra)
     except _NOT_LOADED as error:
         raise ConfigError(f"no config could be loaded from {name!r}: {error}") from error
+
+
+def load_skeleton(name: str, dtype: torch.dtype) -> nn.Module:
+    """The model without weights, on the ``meta`` device; only its config is read.
+
+    Raises:
+        ConfigError: there is no such config.
+    """
+    config = load_config(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -55,10 +66,12 @@ def source_of(name: str) -> tuple[str | Path, dict[str, str]]:
     Raises:
         ConfigError: the name is that of a file or folder that is not there.
     """
-    path = Path(name)
-    if not path.exists() and (path.suffix == ".gguf" or path.is_absolute() or name.startswith(".")):
+    path = user_path(name)
+    if not os.path.exists(path) and (path.suffix == ".gguf" or path.is_absolute() or name.startswith(".")):
         raise ConfigError(f"there is no model at {name!r}: give a hub name, a folder or a GGUF file.")
-    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (name, {})
+    if path.suffix == ".gguf":
+        return path.parent, {"gguf_file": path.name}
+    return str(path) if os.path.exists(path) else name, {}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
