@@ -17,7 +17,7 @@ with quiet_imports():
     from tide_compile.calibration.calibrate import calibrate
     from tide_compile.calibration.synthetic import synthetic_routers
     from tide_compile.config import TIDEConfig
-    from tide_compile.generation.compiled_generate import install
+    from tide_compile.generation import captured_outputs, compiled_generate
     from tide_compile.generation.engine import TIDE
     from tide_compile.generation.token_trace import TokenTrace
     from tide_compile.inspection.explain import explain
@@ -30,7 +30,8 @@ with quiet_imports():
     from tide_compile.runtime.overrides import exit_threshold
     from tide_compile.runtime.piece_times import record_times
 
-install()  # torch.compile imports this package when it looks the backend up
+compiled_generate.install()  # torch.compile imports this package when it looks the backend up
+captured_outputs.install()
 compat.install()
 RouterBank.synthetic = staticmethod(synthetic_routers)  # its public name of before
 

@@ -6,6 +6,7 @@ processors, caches) are made anew for each run.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -399,8 +400,6 @@ def handed_on_far(generate: Generate, s: Setup) -> object:
 @add
 @scenario("past_key_values", "of a forward, used by two calls")
 def prefix(generate: Generate, s: Setup) -> object:
-    import copy
-
     with torch.no_grad():
         cache = s.model(s.ids[:, :-2], attention_mask=s.mask[:, :-2], use_cache=True).past_key_values
     return [generate(s.ids, attention_mask=s.mask, past_key_values=copy.deepcopy(cache), **GREEDY) for _ in range(2)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchRuntimeError
 from transformers import Cache
 from transformers.utils import ModelOutput
 
@@ -41,8 +42,8 @@ def verdict(got: Outcome, want: Outcome) -> tuple[str, str]:
     if got.error is not None:
         if isinstance(got.error, TideError):
             return NAMED, _first_line(got.error)
-        if want.error is not None and type(got.error) is type(want.error):
-            return EQUAL, f"both raise {_first_line(got.error)}"
+        if want.error is not None and (type(got.error) is type(want.error) or _while_traced(got.error, want.error)):
+            return EQUAL, f"both raise {_first_line(want.error)}"
         return WRONG, f"raises {_first_line(got.error)}"
     if want.error is not None:
         return WRONG, f"does not raise {_first_line(want.error)}"
@@ -53,6 +54,11 @@ def verdict(got: Outcome, want: Outcome) -> tuple[str, str]:
     except AssertionError as error:
         return WRONG, _first_line(error)
     return EQUAL, ""
+
+
+def _while_traced(error: BaseException, plain: BaseException) -> bool:
+    """Whether Dynamo met an error that the model would raise."""
+    return isinstance(error, TorchRuntimeError) and str(plain).partition("\n")[0] in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,8 +35,8 @@ def reference_text(model, bank, config, ids, **kwargs):
     ids=lambda asked: next(iter(asked)),
 )
 def test_other_outputs(asked, thresholds):
-    """Everything a forward can return: shapes, order and values as in the reference, and so in the stock model. The
-    reference comes first: transformers installs its hooks for outputs in the first call, and that breaks a graph."""
+    """Everything a forward can return: shapes, order and values as in the reference, and so in the stock model. Catches
+    a graph that is cut where transformers hangs its hooks for outputs into a model, which the first call does."""
     model, bank = tiny("rmsnorm-rope-gqa"), RouterBank.untrained(HIDDEN, LAYERS, bottleneck_dim=16)
     ids, mask = prompt(2)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, **asked}
@@ -45,9 +45,9 @@ def test_other_outputs(asked, thresholds):
     for threshold in thresholds:
         config = TIDEConfig(exit_threshold=threshold, **SETTINGS)
         with torch.no_grad(), tide_compile.exit_threshold(threshold):
+            got = compiled(**inputs)
             with tide_compile.eager_reference(model, bank, config):
                 want = model(**inputs)
-            got = compiled(**inputs)
         got, want = (value if isinstance(value, tuple) else value.to_tuple() for value in (got, want))
         for ours, theirs in zip(flat(got), flat(want), strict=True):
             assert_close(ours, theirs)
@@ -59,7 +59,7 @@ def flat(values):
 
 
 def test_hidden_states_from_the_engine(model, bank):
-    """transformers breaks the graph when it installs its hooks for outputs, which the first call does."""
+    """Catches code that is compiled anew because transformers has hung its hooks for outputs into the model."""
     engine = TIDE(model, bank, TIDEConfig(exit_threshold=0.0, **SETTINGS))
     with torch.no_grad():
         states = engine.model(prompt(1)[0], output_hidden_states=True).hidden_states

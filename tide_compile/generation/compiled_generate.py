@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import StoppingCriteriaList
 
@@ -23,6 +24,7 @@ from tide_compile.torch_internals.dynamo import OptimizedModule, backend_name, o
 from tide_compile.torch_internals.switches import enabled
 
 _ORIGINAL = "_tide_original"  # in a twin
+_EARLY_EXIT = "assistant_early_exit"
 _TWIN = "_tide_twin"  # in the OptimizedModule's own __dict__: its __setattr__ would write to the user's model
 
 
@@ -67,7 +69,28 @@ def twin_of(model: PreTrainedModel, call: Callable[..., object]) -> PreTrainedMo
     return twin
 
 
+def arguments(model: PreTrainedModel, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+    """Those of a ``generate`` of the model, by name.
+
+    Raises:
+        ConfigError: the prompts hold no tokens, or the model would be another one while it drafts.
+    """
+    names = [*inspect.signature(type(model).generate).parameters][1:]
+    asked = {**dict(zip(names, args, strict=False)), **kwargs}
+    prompts = (asked.get(name) for name in ("inputs", "input_ids"))
+    if asked.get("inputs_embeds") is None and any(isinstance(p, Tensor) and p.numel() == 0 for p in prompts):
+        raise ConfigError("The prompts hold no tokens. Give at least one, or none at all to begin with bos_token_id.")
+    places = (asked.get("generation_config"), model.generation_config)
+    if any(getattr(place, _EARLY_EXIT, None) for place in places) or asked.get(_EARLY_EXIT):
+        raise ConfigError(
+            f"{_EARLY_EXIT} drafts with the first layers of a model that is compiled with all of them. Call "
+            "generate of the model that is not compiled."
+        )
+    return asked
+
+
 def _generate(twin: PreTrainedModel, *args: object, **kwargs: object) -> object:
+    arguments(twin, args, kwargs)
     with generate_call(twin):
         return type(twin).generate(twin, *args, **kwargs)
 

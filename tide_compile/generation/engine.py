@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import threading
 import time
@@ -18,7 +17,8 @@ from transformers.utils import ModelOutput
 
 from tide_compile.config import TIDEConfig
 from tide_compile.errors import GraphBreakError
-from tide_compile.generation.compiled_generate import generating_model, twin_of
+from tide_compile.generation.captured_outputs import HOOKS_OF
+from tide_compile.generation.compiled_generate import arguments, generating_model, twin_of
 from tide_compile.generation.generate_call import current_call, generate_call, no_generate_call
 from tide_compile.generation.guard_skipping import GuardSkipping, call, skipping_guards
 from tide_compile.generation.static_cache import KeptCache, KeptCaches, dynamic_copy, has_plain_layers, mark_sizes
@@ -35,7 +35,6 @@ _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input
 _GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
 _OTHER_CACHE = (
     "cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens",
-    "assistant_early_exit",
 )  # fmt: skip
 
 
@@ -96,7 +95,6 @@ class TIDE:
             log.warning("torch.compile is switched off (TORCH_COMPILE_DISABLE): every token runs all layers")
         self._skips_guards = "guard_skipping" in tricks and whole and mode is None and self._compiled is not model
         self._replays = "graph_replay" in tricks
-        self._recorded: set[str] = set()  # outputs that have been asked for before
         self._turn = threading.RLock()  # two forwards at once would only take each other's cores
         self.last_stats: ExitStats | None = None
         self.last_trace: TokenTrace | None = None
@@ -121,12 +119,13 @@ class TIDE:
         token by token. ``trace=True`` keeps the layer and the score of every token in ``last_trace``.
 
         Raises:
+            ConfigError: prompts without tokens, and what cannot be done with compiled layers.
             ModelChangedError: the model was changed meanwhile (by a streamer, a logits processor, ...).
             GraphBreakError: the model cannot be traced as one graph, and ``fallback`` is None.
         """
         if kwargs.get("temperature") == 0:
             kwargs |= {"temperature": None, "do_sample": False}
-        ours = self._may_choose_cache(self._asked(args, kwargs))
+        ours = self._may_choose_cache(arguments(self.model, args, kwargs))
         if ours:
             kwargs["cache_implementation"] = "static"
         return self._generate(*args, _ours=ours, **kwargs)
@@ -175,7 +174,7 @@ class TIDE:
 
     def _generate(self, *args: object, trace: bool = False, _ours: bool = False, **kwargs: object) -> object:
         """``generate`` of the twin. ``_ours``: the cache is, and not what the caller has asked for."""
-        asked = self._asked(args, kwargs)
+        asked = arguments(self.model, args, kwargs)
         if trace:
             TokenTrace.check(asked, asked.get("generation_config") or self.model.generation_config)
         with self._counted(per_token=trace) as stats, generate_call(self.model) as call:
@@ -199,11 +198,6 @@ class TIDE:
             if any(value is k.cache for k in kept):
                 result[name] = dynamic_copy(value, self.model)
         return kept
-
-    def _asked(self, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
-        """The arguments of a ``generate`` by name."""
-        names = [*inspect.signature(type(self.model).generate).parameters][1:]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _static_cache(
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: object, **kwargs: object
@@ -237,13 +231,6 @@ class TIDE:
                 self._totals.add(stats, time.perf_counter() - started)
 
     def _forward(self, *args: object, **kwargs: object) -> object:
-        wanted = {n for n, value in kwargs.items() if n.startswith("output_") and value}
-        if wanted - self._recorded:  # transformers hooks the model in the first such call, which no graph can hold
-            ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-            with torch.no_grad():
-                original_of(self._compiled).forward(input_ids=ids, use_cache=False, **dict.fromkeys(wanted, True))
-            self._recorded |= wanted
-            self._hooks = _hooks_of(original_of(self._compiled))  # code that was compiled without them stays right
         mark_sizes(kwargs)
         with self._turn:
             try:
@@ -262,4 +249,8 @@ def _compile(model: nn.Module, **kwargs: object) -> nn.Module:
 
 
 def _hooks_of(model: nn.Module) -> list[tuple[nn.Module, Callable[..., object]]]:
-    return [(m, hook) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks) for hook in d.values()]
+    """But for those that collect outputs: code that was compiled without them stays right."""
+    hooks = (
+        (m, hook) for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks) for hook in d.values()
+    )
+    return [(m, hook) for m, hook in hooks if getattr(hook, "__module__", None) != HOOKS_OF]

@@ -144,7 +144,11 @@ class Worker:
         self._pool = pool or one_thread()
         self._seconds = 1.0  # of a job, lately
         pads = (engine.model.generation_config.pad_token_id, tokenizer.pad_token_id, 0)
-        self._fixed = {"pad_token_id": next(p for p in pads if p is not None), "num_beams": 1, "num_return_sequences": 1}
+        self._fixed = {
+            "pad_token_id": next(p for p in pads if p is not None),
+            "num_beams": 1,
+            "num_return_sequences": 1,
+        }
 
     @property
     def unfinished(self) -> int:

@@ -12,6 +12,7 @@ from types import CodeType, FunctionType
 import torch
 from torch import Tensor, nn
 from torch._dynamo import eval_frame, pgo
+from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import Unsupported
@@ -19,6 +20,9 @@ from torch._dynamo.exc import Unsupported
 from tide_compile.torch_internals.versions import warn_if_unchecked
 
 NAMES = (
+    "torch._dynamo.comptime.ComptimeContext.get_local",
+    "torch._dynamo.comptime.ComptimeVar._i_will_not_complain_if_bc_breaks_VariableTracker",
+    "torch._dynamo.comptime.comptime",
     "torch._dynamo.config.disable",
     "torch._dynamo.convert_frame.compile_lock",
     "torch._dynamo.eval_frame.OptimizedModule.__getattr__",
@@ -44,6 +48,7 @@ __all__ = [
     "Unsupported",
     "backend_name",
     "break_of",
+    "call_while_tracing",
     "code_with_guards",
     "compile_lock",
     "compiles",
@@ -99,6 +104,27 @@ def replace_attribute(name: str, value_of: Callable[[OptimizedModule], object | 
 
     setattr(getattr_, _OURS, True)
     OptimizedModule.__getattr__ = getattr_
+
+
+def call_while_tracing(function: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """A function of a module that Dynamo calls where it would trace ``function``: once, and as no part of what it
+    compiles."""
+    if getattr(function, _OURS, False):
+        return function
+    warn_if_unchecked(f"what wraps {function.__name__}")
+
+    def call(context: ComptimeContext) -> None:
+        function(context.get_local("module")._i_will_not_complain_if_bc_breaks_VariableTracker().value)
+
+    @functools.wraps(function)
+    def wrapper(module: nn.Module) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            comptime(call)
+        else:
+            function(module)
+
+    setattr(wrapper, _OURS, True)
+    return wrapper
 
 
 def code_with_guards(compiled: OptimizedModule, function: FunctionType) -> Iterator[tuple[CodeType, Guards]]:

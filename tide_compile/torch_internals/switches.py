@@ -13,6 +13,7 @@ TRICKS = {
     "guard_skipping": "tokens of a generate run without evaluating Dynamo's guards again",
     "graph_replay": "after two tokens of a kind, Dynamo's graph runs without the code around it",
     "compiled_generate": "torch.compile(model, backend='tide').generate runs the compiled model",
+    "captured_outputs": "models may be asked for hidden states the first time while they are traced",
     "buffer_reuse": "Inductor's generated code is rewritten to keep its small temporaries",
     "prewarm": "Inductor's compiler and headers are made ready while Dynamo traces",
     "compile_together": "C++ compilers are waited for together",
