@@ -62,7 +62,9 @@ def test_states_in_another_dtype_than_the_weights(states):
     are multiplied with states of another dtype than their own."""
     model = tiny("layernorm-learned-positions", torch.bfloat16 if states == torch.float32 else torch.float32)
     for block in model.transformer.h:
+        block.ln_1.to(states), block.ln_2.to(states)
         block.attn, block.mlp = _Cast(block.attn, model.dtype, states), _Cast(block.mlp, model.dtype, states)
+    model.transformer.ln_f.to(states)
     for embedding in (model.transformer.wte, model.transformer.wpe):
         embedding.register_forward_hook(lambda module, arguments, output: output.to(states))
     model.lm_head = torch.nn.Sequential(model.lm_head)

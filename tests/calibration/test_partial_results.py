@@ -58,7 +58,7 @@ def test_what_is_of_no_use_is_deleted(file, tmp_path, monkeypatch, caplog):
     old = calibration_cache() / "0123.0-of-1"
     old.touch()
     os.utime(old, (0, time.time() - 31 * 86_400))
-    interrupted(file, monkeypatch, after=1, save_path=tmp_path / "r", chat=False, seed=1)
+    interrupted(file, monkeypatch, save_path=tmp_path / "r", chat=False, seed=1)
     assert "started anew" in caplog.text and not old.exists() and kept.stat().st_ino != before
     file.write_text("\n\n".join(texts(3, 120)))
     with pytest.raises(CalibrationDataError, match="at least five"):
@@ -82,7 +82,13 @@ def test_a_cache_that_cannot_be_written(file, tmp_path, monkeypatch, caplog):
 def test_known_before_the_model_runs(file, tmp_path, monkeypatch):
     """Catches each of these after an hour of work: where to save, a text of another encoding, too few prompts."""
     model = tiny("rmsnorm-rope-gqa")
-    monkeypatch.setattr(model, "forward", lambda *_, **__: pytest.fail("the model runs"))
+    forward = model.forward
+
+    def failing(input_ids, **kwargs):
+        assert input_ids.numel() == 1  # which shows the layers
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", failing)
     with pytest.raises(OutputFileError, match="it is a folder"):
         run(model, str(file), save_path=tmp_path)
     with pytest.raises(ConfigError, match="17 prompts to test with cannot certify"):

@@ -1,4 +1,4 @@
-"""python -m tests.conformance: every call of generate, in every way to reach compiled layers, against stock transformers.
+"""python -m tests.conformance: every call of generate, in every way to compile a model, against stock transformers.
 
 Each parameter of ``generate`` and each field of ``GenerationConfig`` has cases, found by introspection: one that has
 none is an error. A case is run by ``TIDE(model).generate`` (engine), ``torch.compile(model, backend="tide").generate``
@@ -104,8 +104,8 @@ def main() -> None:
         title, about = __doc__.split(":", 1)[1].strip().split("\n\n", 1)
         command = "python -m tests.conformance --markdown docs/conformance.md"
         models = "\n".join(f"* {name}: {model.about}" for name, model in MODELS.items())
-        text = f"# Conformance: {title}\n\n{about}\n\n{models}\n\n`{command}` on {machine()}.\n\n{summary(rows)}\n\n{table(rows)}\n"
-        write_text(arguments.markdown, text)
+        parts = (f"# Conformance: {title}", about, models, f"`{command}` on {machine()}.", summary(rows), table(rows))
+        write_text(arguments.markdown, "\n\n".join(parts) + "\n")
     parser.exit(bool(wrong))
 
 

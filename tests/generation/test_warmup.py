@@ -19,6 +19,7 @@ def test_warmup_compiles_everything(caplog):
     engine = TIDE(model, bank, config)
     assert engine.warmup(batch_size=4) > 0
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    caplog.clear()
     with caplog.at_level(logging.INFO, "tide_compile"), record_times() as times:
         text = engine.generate(ids, attention_mask=mask, **GENERATE)
     with eager_reference(model, bank, config) as reference:

@@ -9,12 +9,12 @@ from tide_compile.errors import CalibrationDataError
 from tide_compile.text.local_file import texts_of_file
 from tide_compile.text.sources import calibration_texts, count_texts, sources_of
 
-TEXT = "Ein längerer Text – 长文本. " * 8
+TEXT = "Ein längerer Text, 长文本. " * 8
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_encodings(tmp_path, encoding):
-    """Catches a byte order mark that becomes a part of the first text, or of the first object, which is no JSON then."""
+    """Catches a byte order mark that becomes part of the first text, or of the first object, which is no JSON then."""
     (tmp_path / "t.txt").write_text(f"{TEXT}\r\n \r\n{TEXT}", encoding=encoding)
     (tmp_path / "t.JSONL").write_text(
         f"\n{json.dumps({'text': TEXT})}\n\n{json.dumps({'text': None})}", encoding=encoding

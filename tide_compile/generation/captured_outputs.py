@@ -1,7 +1,7 @@
 """captured_outputs: models may be asked for hidden states and attentions the first time while they are traced.
 
 transformers hangs the hooks that collect them into a model in the first call that asks, under a lock: a graph cannot
-hold that, and Dynamo would cut the model into its layers. Here Dynamo itself calls what hangs them, and goes on tracing.
+hold that, and Dynamo would cut the model apart. Here Dynamo itself calls what hangs them, and goes on tracing.
 """
 
 from __future__ import annotations

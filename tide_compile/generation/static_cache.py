@@ -89,7 +89,8 @@ def dynamic_copy(cache: StaticCache, model: PreTrainedModel) -> DynamicCache:
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    available = torch.amp.is_autocast_available(device)  # not so on "meta"
+    return torch.get_autocast_dtype(device) if available and torch.is_autocast_enabled(device) else None
 
 
 def mark_sizes(kwargs: dict[str, object]) -> None:
