@@ -12,49 +12,16 @@ that they are numbers. Graphs are interpreted (``lowering="eager"``), so that wh
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-import transformers
 from tabulate import tabulate
-from tqdm import tqdm
 
 from bench.support.report import machine
-from tests.conformance.cases import CASES, undecided
-from tests.conformance.matrix import MODELS, WAYS, Row, Ways, cases_of
+from tests.conformance.cases import undecided
+from tests.conformance.matrix import MODELS, WAYS, Row, examine_all
 from tests.conformance.outcomes import EQUAL, WRONG
 from tide_compile.files import write_text
-
-
-def examine(model: str, indices: Sequence[int]) -> list[Row]:
-    """Some cases, one after another, on the same engines and compiled models."""
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # instead of going on without a compiler
-        ways = Ways(**MODELS[model].arguments)
-        return [row for index in indices for row in ways.rows([CASES[index]])]
-
-
-def examine_all(models: Iterable[str], processes: int, chunk: int = 12) -> list[tuple[str, Row]]:
-    """Rows with the names of their models."""
-    jobs = [
-        (model, indices[start : start + chunk])
-        for model in models
-        for indices in [cases_of(model)]
-        for start in range(0, len(indices), chunk)
-    ]
-    found = []
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = [(model, pool.submit(examine, model, indices)) for model, indices in jobs]
-        for model, future in tqdm(futures, desc="cases, by twelve"):
-            found += [(model, row) for row in future.result()]
-    return found
 
 
 def summary(rows: list[tuple[str, Row]]) -> str:
@@ -90,7 +57,7 @@ def _remarks(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: all")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), help="default: all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--markdown", type=Path, help="write the matrix to this file")
     arguments = parser.parse_args()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
+import transformers
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tests.conformance.cases import CASES, Case, Generate, Setup
@@ -151,3 +156,29 @@ class Ways:
     def _run(self, case: Case, generate: Generate, batch: int) -> Outcome:
         setup = Setup(self._plain, *prompt(batch))
         return outcome(lambda: case.run(generate, setup), setup)
+
+
+def examine(model: str, indices: Sequence[int]) -> list[Row]:
+    """Some cases, one after another, on the same engines and compiled models."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # instead of going on without a compiler
+        ways = Ways(**MODELS[model].arguments)
+        return [row for index in indices for row in ways.rows([CASES[index]])]
+
+
+def examine_all(models: Iterable[str], processes: int, chunk: int = 12) -> list[tuple[str, Row]]:
+    """Rows with the names of their models."""
+    jobs = [
+        (model, indices[start : start + chunk])
+        for model in models
+        for indices in [cases_of(model)]
+        for start in range(0, len(indices), chunk)
+    ]
+    found = []
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = [(model, pool.submit(examine, model, indices)) for model, indices in jobs]
+        for model, future in tqdm(futures, desc="cases, by twelve"):
+            found += [(model, row) for row in future.result()]
+    return found

@@ -20,6 +20,7 @@ from tide_compile.planning.token_costs import TokenCosts
 from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.networks import Projection
 from tide_compile.text.self_text import continue_prompts
+from tide_compile.text.written import preferred
 from tide_compile.thresholds.price import simulate_exits, thresholds_at
 
 LEVELS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)  # of disagreement, at first sight
@@ -64,7 +65,9 @@ def _scores_of(
         state = states[layer][len(prompt) - 1 : -1]  # what each token is predicted from
         left = projections[layer](state.cpu()) if layer in projections else state
         scores.append(bank.routers[layer](bank.norm(state.float().cpu())))
-        correct.append((decoder.logits(left.to(decoder.device)).argmax(-1) == ids[len(prompt) :]).cpu())
+        logits = decoder.logits(left.to(decoder.device))
+        choice = preferred(decoder.model, ids, torch.ones_like(ids[: len(prompt)]), logits, len(logits), 0)
+        correct.append((choice == ids[len(prompt) :]).cpu())
     return torch.stack(scores, 1), torch.stack(correct, 1)
 
 

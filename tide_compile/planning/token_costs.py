@@ -75,7 +75,7 @@ def time_decoding(
             clock, ids = TokenClock(), torch.tensor([list(prompt)], device=engine.model.device)
             with nullcontext() if threshold is None else exit_threshold(threshold):
                 engine.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens + 1,
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, min_new_tokens=tokens + 1,
                     max_new_tokens=tokens + 1, pad_token_id=0, streamer=clock,
                 )  # fmt: skip
             if number >= 0:  # the first round compiles

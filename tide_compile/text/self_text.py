@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tide_compile.text.padding import left_padded
+from tide_compile.text.written import write
 
 QUESTION = 64  # tokens that a user's message sampled from the model has at most
 _MARK = "\u241e"
@@ -26,10 +27,9 @@ def continue_prompts(
     ends = end_tokens(model)
     pad = int(ends[0]) if len(ends) else 0
     ids, mask = left_padded(prompts, pad, next(model.parameters()).device)
-    choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text = model.generate(ids, attention_mask=mask, max_new_tokens=length, pad_token_id=pad, **choice).cpu()
+        text = write(model, ids, mask, length, pad, sample=sample).cpu()
     new = text[:, ids.shape[1] :]
     return [[*p, *row[: written_length(row, ends)].tolist()] for p, row in zip(prompts, new, strict=True)]
 

@@ -19,6 +19,7 @@ from tide_compile.routers.bank import RouterBank
 from tide_compile.runtime.exit_stats import ExitStats
 from tide_compile.text.padding import left_padded
 from tide_compile.text.self_text import end_tokens, written_length
+from tide_compile.text.written import preferred, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ def measure_agreement(
     progress: bool = False,
 ) -> Outcome:
     """Let the model with exits write greedily after each prompt, by the eager reference, and ask the model without
-    exits what it would have written after each of the same prefixes.
+    exits what it would have written after each of the same prefixes. Processors that the model's generation config
+    brings count for both.
 
     Args:
         model: uncompiled. prompts: token ids. max_new_tokens: G, fewer where a sequence ends.
@@ -92,19 +94,22 @@ def measure_agreement(
         batch = prompts[start : start + batch_size]
         ids, mask = left_padded(batch, pad_token_id, decoder.device)
         with eager_reference(model, bank, config, decoder) as reference:
-            text = model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id
-            )
+            text = write(model, ids, mask, max_new_tokens, pad_token_id)
         layers = torch.stack([call[:, -1] for call in reference.exit_layers], 1).cpu()  # [B, G]
-        for prompt, written, left_at in zip(batch, text[:, ids.shape[1] :].cpu(), layers, strict=True):
-            length = written_length(written, ends)
-            generations.append(_compare(decoder, prompt, written[:length], left_at[:length]))
+        for row, seen, left_at in zip(text, mask, layers, strict=True):
+            length = written_length(row[len(seen) :].cpu(), ends)
+            row = row[: len(seen) + length]
+            logits = _logits_without_exits(decoder, row, seen)
+            choice = preferred(model, row, seen, logits, max_new_tokens, pad_token_id)
+            written = row[len(seen) :]
+            generations.append(Generation(written.cpu(), left_at[:length], (choice == written).cpu()))
             bar.update()
     bar.close()
     return Outcome(generations, len(decoder.layers))
 
 
-def _compare(decoder: Decoder, prompt: list[int], written: Tensor, exit_layers: Tensor) -> Generation:
-    ids = torch.cat([torch.tensor(prompt), written]).to(decoder.device)
-    logits = decoder.model.forward(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return Generation(written, exit_layers, logits.argmax(-1).cpu() == written)
+def _logits_without_exits(decoder: Decoder, row: Tensor, mask: Tensor) -> Tensor:
+    """[G, V], from which each generated token of a row [P + G] would have been chosen; ``mask`` [P]."""
+    prompt = row[: len(mask)][mask.bool()]
+    ids = torch.cat([prompt, row[len(mask) :]])
+    return decoder.model.forward(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
