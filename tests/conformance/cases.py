@@ -81,7 +81,7 @@ def call(covers: str, **kwargs: object) -> Case:
         made = {n: v.make(s) if isinstance(v, _Later) else v for n, v in kwargs.items()}
         arguments = {"attention_mask": s.mask, **GREEDY, **made}
         ends = arguments["eos_token_id"]
-        s.ends = set(ends) if isinstance(ends, list) else {ends}
+        s.ends = set(ends) if isinstance(ends, list) else {ends}  # {None}: rows that are done go on
         return generate(**({"inputs": s.ids} | arguments if _PROMPTS.isdisjoint(made) else arguments))
 
     about = tuple(covers.split())
@@ -175,6 +175,11 @@ CASES: list[Case] = [
     call("generation_config", generation_config=GenerationConfig(**GREEDY, cache_implementation="dynamic")),
     call("logits_processor", logits_processor=later(lambda s: LogitsProcessorList([Counting(s.seen)]), "counting")),
     call("stopping_criteria", stopping_criteria=later(lambda s: StoppingCriteriaList([After(11)]), "by row")),
+    call(
+        "stopping_criteria eos_token_id",
+        stopping_criteria=later(lambda s: StoppingCriteriaList([After(11)]), "by row"),
+        eos_token_id=None,
+    ),
     call("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn=lambda row, ids: [3 + row, 40, 41, 90]),
     call("prefix_allowed_tokens_fn num_beams", prefix_allowed_tokens_fn=lambda row, ids: [3, 40, 90], num_beams=2),
     call("synced_gpus", synced_gpus=False),

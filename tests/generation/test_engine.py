@@ -224,3 +224,14 @@ print(torch.equal(engine.generate(ids, **GENERATE), model.generate(ids, **GENERA
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.stdout == "True\n" and "every token runs all layers" in done.stderr, done.stderr
+
+
+@torch._dynamo.config.patch(accumulated_recompile_limit=1)
+def test_more_graphs_than_dynamo_expects(model):
+    """Catches an error of Dynamo's in a process that has had many engines: it counts how often the functions of a
+    model's class were compiled, for whom ever."""
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    for batch in (1, 2, 3):
+        ids, mask = prompt(batch)
+        want = model.generate(ids, attention_mask=mask, **GENERATE)
+        assert torch.equal(engine.generate(ids, attention_mask=mask, **GENERATE), want)

@@ -5,7 +5,7 @@ import torch
 from transformers import StoppingCriteria
 
 from tests.support.host_reads import Waits
-from tests.support.models import GENERATE, HIDDEN, LAYERS, prompt, tiny
+from tests.support.models import FEW, GENERATE, HIDDEN, LAYERS, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
 from tide_compile.generation.finished_rows import FinishedRows
 
@@ -28,7 +28,7 @@ def test_finished_sequences_do_not_count(name):
     chosen = {"exit_threshold": 0.0, "min_layers": 2, "checkpoint_interval": 1, "lowering": "eager"}
     engine = TIDE(model, bank, TIDEConfig(**chosen))
     ids, mask = prompt(3, 6)
-    asked = {**GENERATE, "eos_token_id": None, "max_new_tokens": 8, "attention_mask": mask}
+    asked = {**GENERATE, "eos_token_id": 9_999, "max_new_tokens": 8, "attention_mask": mask}
     whole = engine.generate(ids, **asked)
     everything = engine.last_stats.total_tokens
     ended = engine.generate(ids, **asked, stopping_criteria=[_EndsAfter([8, 99, 99])])
@@ -56,3 +56,25 @@ def test_finished_sequences_are_not_read():
     assert waits.found == []
     assert torch.equal(untouched, mask) and torch.equal(everyone, mask)
     assert hidden.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_forwards_of_callbacks(name):
+    """They have another cache, or none. Catches rows of theirs that are hidden because others have ended."""
+    rows, mask, cache = FinishedRows(), torch.ones(2, 4, dtype=torch.long), object()
+
+    def last(**kwargs):
+        return rows.hidden({"attention_mask": mask, **kwargs})["attention_mask"][:, -1].tolist()
+
+    assert last(**{name: cache}) == [1, 1]
+    rows.note(torch.tensor([False, True]))
+    assert last(**{name: cache}) == [1, 0] and last() == last(**{name: object()}) == [1, 1]
+
+
+def test_without_an_end_token_rows_go_on():
+    """transformers gives tokens to rows that are done where nothing is an end token. Catches padding in their place."""
+    model = tiny("rmsnorm-rope-gqa", layers=FEW)
+    ids, mask = prompt(3, 6)
+    asked = {**GENERATE, "eos_token_id": None, "attention_mask": mask, "stopping_criteria": [_EndsAfter([8, 99, 9])]}
+    engine = TIDE(model, config=TIDEConfig(exit_threshold=1.0, lowering="eager"))
+    assert torch.equal(engine.generate(ids, **asked), model.generate(ids, **asked))

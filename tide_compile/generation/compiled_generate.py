@@ -106,7 +106,10 @@ def _stopping_criteria(
     criteria = type(twin)._get_stopping_criteria(twin, generation_config, *args, **kwargs)
     current = current_call(twin)
     beams = (generation_config.num_beams or 1) > 1
-    return criteria if current is None or beams else current.rows.watched(criteria)
+    goes_on = not any(
+        hasattr(criterion, "eos_token_id") for criterion in criteria
+    )  # then rows that are done get tokens
+    return criteria if current is None or beams or goes_on else current.rows.watched(criteria)
 
 
 def generating_model(model: nn.Module) -> nn.Module:

@@ -28,11 +28,18 @@ from tide_compile.routers.bank import RouterBank
 from tide_compile.routers.lookup import resolve_bank
 from tide_compile.runtime.exit_stats import EngineStats, ExitStats, Totals, record_exits
 from tide_compile.runtime.overrides import rehearsal
-from tide_compile.torch_internals.dynamo import Unsupported, break_of, compiles, original_of
+from tide_compile.torch_internals.dynamo import (
+    RecompileLimitHit,
+    Unsupported,
+    break_of,
+    compiles,
+    no_process_limit,
+    original_of,
+)
 
 log = logging.getLogger("tide_compile")
 _WARM_TOKENS = 3  # the prompt's, and two of decoding: Dynamo sees another input in the second
-_GRAPHS = 64  # prompts, decoding, batches, other caches, logits alone: one program uses more than Dynamo's usual 8
+_GRAPHS = 1000  # prompts, decoding, batches, other caches, other outputs: one program uses more than Dynamo's usual 8
 _OTHER_CACHE = (
     "cache", "past_key_values", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens",
 )  # fmt: skip
@@ -234,12 +241,19 @@ class TIDE:
         mark_sizes(kwargs)
         with self._turn:
             try:
-                return call(self._compiled, *args, **kwargs)
+                return self._run(*args, **kwargs)
             except Unsupported as error:
                 raise GraphBreakError(
                     f"{type(self.model).__name__} cannot be traced as one graph: {break_of(error)}. "
                     "TIDEConfig(fallback='inductor') compiles what can be, without exits where layers are cut apart."
                 ) from error
+
+    def _run(self, *args: object, **kwargs: object) -> object:
+        try:
+            return call(self._compiled, *args, **kwargs)
+        except RecompileLimitHit:  # engines share the functions of their models' class
+            with no_process_limit():
+                return call(self._compiled, *args, **kwargs)
 
 
 def _compile(model: nn.Module, **kwargs: object) -> nn.Module:

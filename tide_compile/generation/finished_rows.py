@@ -33,7 +33,7 @@ class FinishedRows:
     def hidden(self, kwargs: dict[str, object]) -> dict[str, object]:
         """The arguments of a forward, with the last token of rows that have ended as padding. Forwards with another
         cache than the first one's are those of a callback."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # renamed in transformers 5.24
         if not self._begun:
             self._begun, self._cache = True, cache
         mask = kwargs.get("attention_mask")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType
@@ -15,6 +16,7 @@ from torch._dynamo import eval_frame, pgo
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.exc import FailOnRecompileLimitHit as RecompileLimitHit
 from torch._dynamo.exc import Unsupported
 
 from tide_compile.torch_internals.versions import warn_if_unchecked
@@ -29,6 +31,8 @@ NAMES = (
     "torch._dynamo.eval_frame._get_cache_entries_for_region",
     "torch._dynamo.eval_frame._stance.stance",
     "torch._dynamo.eval_frame._stance.backend",
+    "torch._dynamo.config.accumulated_recompile_limit",
+    "torch._dynamo.exc.FailOnRecompileLimitHit",
     "torch._dynamo.exc.Unsupported",
     "torch._dynamo.mark_static",
     "torch._dynamo.pgo.get_code_state",
@@ -45,6 +49,7 @@ __all__ = [
     "STATIC_INPUT",
     "Guards",
     "OptimizedModule",
+    "RecompileLimitHit",
     "Unsupported",
     "backend_name",
     "break_of",
@@ -58,6 +63,7 @@ __all__ = [
     "mark_dynamic",
     "mark_static",
     "maybe_mark_dynamic",
+    "no_process_limit",
     "original_of",
     "replace_attribute",
 ]
@@ -159,6 +165,13 @@ class Guards:
             return self.hold(values)
         finally:
             state.__setstate__(expected)
+
+
+@contextmanager
+def no_process_limit() -> Iterator[None]:
+    """Inside, Dynamo compiles a function again however often all that ran it in this process have had it compiled."""
+    with torch._dynamo.config.patch(accumulated_recompile_limit=sys.maxsize):
+        yield
 
 
 def break_of(error: Unsupported) -> str:
