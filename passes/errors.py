@@ -18,6 +18,10 @@ class GraphError(TideError):
     """A graph that cannot be cut for exits."""
 
 
+class WeightsInGraphError(GraphError):
+    """Weights are part of the graph and not inputs of it."""
+
+
 class LayersNotFoundError(GraphError):
     """The graph has no repeated decoder layers."""
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from tide_compile.config import TIDEConfig
-from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError, TideError
+from tide_compile.errors import GradEnabledError, GraphError, NothingToSkipError, TideError, WeightsInGraphError
 from tide_compile.inspection.observer import CompileObserver
 from tide_compile.lowering import prewarm
 from tide_compile.lowering.compile_piece import compile_whole
@@ -57,6 +57,7 @@ def tide_backend(
     settings_for = functools.partial(settings_of, config, router)
     observer = CompileObserver(dump)
     try:
+        _check_weights(gm)
         program, plan = run(gm, functools.partial(settings_for, example_inputs), observer)
     except NothingToSkipError as error:
         observer.failed(error)
@@ -73,3 +74,13 @@ def tide_backend(
     version = functools.partial(version_of, router)
     bindings = RouterBindings(program.constants, plan, example_inputs, settings_for, version)
     return Executor(program, plan, runnables, CompactionPolicy(program, plan, config), bindings)
+
+
+def _check_weights(gm: GraphModule) -> None:
+    inside = next((name for name, _ in gm.named_parameters()), None)
+    if inside is not None:
+        raise WeightsInGraphError(
+            f"{inside} is a part of the traced graph and not one of its inputs, from which a model's routers are found. "
+            "Inductor's freezing (torch._inductor.config.freezing, TORCHINDUCTOR_FREEZING=1) does so, and "
+            "torch._dynamo.config.inline_inbuilt_nn_modules=False: switch them back. pack_weights=True packs weights."
+        )

@@ -11,6 +11,7 @@ from tide_compile.passes.errors import (
     PaddingError,
     TideError,
     VerificationError,
+    WeightsInGraphError,
 )
 
 
@@ -80,4 +81,5 @@ __all__ = [
     "TideError",
     "UnknownOptionError",
     "VerificationError",
+    "WeightsInGraphError",
 ]

@@ -39,13 +39,14 @@ SAMPLE = {"do_sample": True}
 @dataclass(slots=True)
 class Setup:
     """What a run starts from: prompts ``ids`` and ``mask`` [B, S], padded on the left but for the last row; and what
-    becomes known of it: ``seen``, what callbacks were given, and ``ends``, the end tokens."""
+    becomes known of it: ``seen``, what callbacks were given, ``ends``, the end tokens, and ``pad``."""
 
     model: PreTrainedModel
     ids: torch.Tensor
     mask: torch.Tensor
     seen: list[object] = field(default_factory=list)
     ends: set[int] = field(default_factory=lambda: {GREEDY["eos_token_id"]})
+    pad: int = GREEDY["pad_token_id"]
 
 
 Generate = Callable[..., object]
@@ -81,6 +82,8 @@ def call(covers: str, **kwargs: object) -> Case:
         made = {n: v.make(s) if isinstance(v, _Later) else v for n, v in kwargs.items()}
         arguments = {"attention_mask": s.mask, **GREEDY, **made}
         ends = arguments["eos_token_id"]
+        pads = (arguments["pad_token_id"], *(ends if isinstance(ends, list) else [ends]), 0)
+        s.pad = next(p for p in pads if p is not None)
         s.ends = set(ends) if isinstance(ends, list) else {ends}  # {None}: rows that are done go on
         return generate(**({"inputs": s.ids} | arguments if _PROMPTS.isdisjoint(made) else arguments))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,7 +63,8 @@ def _while_traced(error: BaseException, plain: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
+    line = re.sub(r"\S*/site-packages/", "", str(error).partition("\n")[0])
+    return f"{type(error).__name__}: {line}"[:200]
 
 
 def _compare(got: object, want: object, setup: Setup) -> None:
@@ -91,9 +93,10 @@ def assert_tokens(got: object, want: Tensor) -> None:
 
 def _alive(result: ModelOutput, setup: Setup) -> Iterator[Tensor]:
     """For every generated token, the rows [B] bool that had not ended before; all, where beams change places."""
-    alive = torch.ones(len(result.sequences), dtype=torch.bool)
-    for column in result.sequences[:, setup.ids.shape[1] :].T:
-        yield alive
+    new = result.sequences[:, setup.ids.shape[1] :]
+    alive = torch.ones(len(new), dtype=torch.bool)
+    for step, column in enumerate(new.T):
+        yield alive if "beam_indices" in result else alive & (new[:, step:] != setup.pad).any(1)
         if "beam_indices" not in result:
             alive = alive & ~torch.tensor([int(token) in setup.ends for token in column])
 
