@@ -80,7 +80,7 @@ def _check_weights(gm: GraphModule) -> None:
     inside = next((name for name, _ in gm.named_parameters()), None)
     if inside is not None:
         raise WeightsInGraphError(
-            f"{inside} is a part of the traced graph and not one of its inputs, from which a model's routers are found. "
+            f"{inside} is a part of the traced graph and not one of its inputs, where routers look for a model. "
             "Inductor's freezing (torch._inductor.config.freezing, TORCHINDUCTOR_FREEZING=1) does so, and "
             "torch._dynamo.config.inline_inbuilt_nn_modules=False: switch them back. pack_weights=True packs weights."
         )
