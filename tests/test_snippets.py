@@ -18,6 +18,7 @@ from tests.support.models import HIDDEN, prompt, tiny
 from tests.support.tokenizers import byte_tokenizer
 from tide_compile import RouterBank, TIDEConfig
 from tide_compile.cli.main import app
+from tide_compile.torch_internals.switches import TRICKS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -122,6 +123,10 @@ def test_options_are_all_there():
     """Catches an option that no page tells of, and one that is gone."""
     ours = {f.name for f in fields(TIDEConfig)} | {"router", "mode", "dump"}
     assert set(table("options.md", "# Options")) == ours
+
+
+def test_switches_are_all_there():
+    assert set(table("options.md", "## Switches")) == set(TRICKS)
 
 
 def test_environment_variables():
