@@ -23,7 +23,7 @@ WAYS = ("engine", "torch.compile", "model.compile")
 BATCHES = (1, 3)
 _THRESHOLD = 0.85
 _LAYERS = 3
-_GRAPHS = 64  # of one model: Dynamo's usual 8 are too few for all cases
+_GRAPHS = 1000  # of one model: Dynamo's usual 8 are too few for all cases
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,9 @@ def examine(model: str, indices: Sequence[int]) -> list[Row]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # instead of going on without a compiler
+    with torch._dynamo.config.patch(
+        fail_on_recompile_limit_hit=True, accumulated_recompile_limit=10_000
+    ):  # instead of going on without a compiler
         ways = Ways(**MODELS[model].arguments)
         return [row for index in indices for row in ways.rows([CASES[index]])]
 

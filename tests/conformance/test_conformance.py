@@ -17,7 +17,7 @@ SLOW = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def limit():
     """Instead of going on without a compiler."""
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, accumulated_recompile_limit=10_000):
         yield
 
 

@@ -4,8 +4,8 @@ import logging
 
 import torch
 
-from tests.support.models import FEW, GENERATE, prompt, tiny
-from tide_compile import TIDE, TIDEConfig, eager_reference, record_times, synthetic_routers
+from tests.support.models import FEW, GENERATE, HIDDEN, prompt, tiny
+from tide_compile import TIDE, RouterBank, TIDEConfig, eager_reference, exit_threshold, record_times, synthetic_routers
 from tide_compile.passes.program import segment_name
 
 
@@ -47,4 +47,24 @@ def test_an_end_token_does_not_end_the_warmup():
     engine.warmup()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     engine.generate(prompt(1)[0], max_new_tokens=5, num_beams=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_requests_may_ask_for_is_compiled(caplog):
+    """Exits at every checkpoint, at some and at none, sampling, end tokens, shorter prompts. Catches what a request of
+    the size that warm-up was told of still has to have compiled."""
+    model = tiny("rmsnorm-rope-gqa", layers=3)
+    config = TIDEConfig(min_layers=1, checkpoint_interval=1)
+    engine = TIDE(model, RouterBank.untrained(HIDDEN, 3, bottleneck_dim=16), config)
+    engine.warmup(batch_size=3, prompt_length=12, max_new_tokens=8)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    caplog.clear()
+    ids, mask = prompt(3)
+    with caplog.at_level(logging.INFO, "tide_compile"):
+        for threshold in (0.0, 0.5, {0: 1.0, 1: 0.0}, 1.0):
+            for chosen in ({"do_sample": True}, {"do_sample": False, "eos_token_id": list(range(1, 90))}):
+                with exit_threshold(threshold):
+                    engine.generate(ids, attention_mask=mask, max_new_tokens=6, pad_token_id=0, **chosen)
+        engine.generate(ids[:, -3:], attention_mask=mask[:, -3:], max_new_tokens=6, pad_token_id=0)
+    assert not [r for r in caplog.messages if "compiled" in r]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -154,7 +154,8 @@ class TIDE:
         return not wanted("return_dict_in_generate") or has_plain_layers(self.model)
 
     def warmup(self, batch_size: int = 1, prompt_length: int = 16, max_new_tokens: int = 64) -> float:
-        """Compile everything that prompts and decoding of ``batch_size`` sequences can need, before the first request.
+        """Compile everything that prompts and decoding of ``batch_size`` sequences can need, before the first request:
+        exits at every checkpoint, greedy search and sampling, prompts of several sequences with padding and without.
 
         Args:
             prompt_length: of the prompt that is run; those of other lengths need no compilation of their own.
@@ -166,9 +167,13 @@ class TIDE:
         started = time.perf_counter()
         ids = torch.ones(batch_size, prompt_length, dtype=torch.long, device=self.model.device)
         self._caches.give_back(self._caches.take(batch_size, prompt_length + max_new_tokens))
-        tokens = {"min_new_tokens": _WARM_TOKENS, "max_new_tokens": _WARM_TOKENS}  # an end token would come too early
+        padded = torch.ones_like(ids)
+        padded[0, 0] = 0
+        several = batch_size > 1 and prompt_length > 1
         with rehearsal():
-            self.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, **tokens)
+            for mask, tokens in [(torch.ones_like(ids), _WARM_TOKENS), (padded, 1)][: 1 + several]:
+                length = {"min_new_tokens": tokens, "max_new_tokens": tokens}  # an end token would come too early
+                self.generate(ids, attention_mask=mask, do_sample=False, num_beams=1, **length)
         self.last_stats = None
         return time.perf_counter() - started
 

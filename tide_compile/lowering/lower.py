@@ -13,6 +13,7 @@ import torch
 
 from tide_compile.config import TIDEConfig
 from tide_compile.kernels.few_rows import FEW_ROWS
+from tide_compile.lowering.code_cache import check_code_cache
 from tide_compile.lowering.compile_piece import Runnable, compile_piece
 from tide_compile.lowering.hooks import compiling_together, note_code_files
 from tide_compile.lowering.lazy_piece import LazyPiece
@@ -24,7 +25,7 @@ from tide_compile.passes.aten.lower_linears import LowerLinears
 from tide_compile.passes.graph.fx_tools import value_of
 from tide_compile.passes.graph.structure_key import structure_key
 from tide_compile.passes.program import ROWS, Piece, Program
-from tide_compile.torch_internals.inductor import mode_options
+from tide_compile.torch_internals.inductor import code_cache, mode_options
 
 log = logging.getLogger("tide_compile")
 
@@ -49,10 +50,14 @@ def lower(
 
     Returns:
         The callable of each piece.
+
+    Raises:
+        OutputFileError: Inductor cannot keep its code.
     """
     if config.lowering == "eager":
         return {piece: piece.graph for piece in program.pieces()}
     pieces, tricks = list(program.pieces()), config.tricks
+    check_code_cache(code_cache(), not _uses_gpu(pieces))
     if "buffer_reuse" in tricks and not buffers_can_be_reused():  # asked while nothing else is being compiled
         tricks -= {"buffer_reuse"}
     lowers = "lower_linears" in tricks
