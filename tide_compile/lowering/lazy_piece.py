@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from tide_compile.lowering.compile_piece import PATCHES, Runnable, compile_piece
 from tide_compile.passes.graph.fx_tools import call, value_of
 from tide_compile.passes.program import ROWS, Piece
-from tide_compile.torch_internals.dynamo import copy_mark, mark_dynamic, maybe_mark_dynamic
+from tide_compile.torch_internals.dynamo import copy_marks, mark_dynamic, maybe_mark_dynamic
 
 log = logging.getLogger("tide_compile")
 
@@ -62,7 +62,7 @@ class LazyPiece:
 def _marked(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """The same memory with dynamic sizes: on the caller's own tensor, such as one of its cache, guards see the mark."""
     alias = tensor.detach()
-    copy_mark(tensor, alias)
+    copy_marks(tensor, alias)
     maybe_mark_dynamic(alias, sizes)
     return alias
 

@@ -57,7 +57,7 @@ __all__ = [
     "code_with_guards",
     "compile_lock",
     "compiles",
-    "copy_mark",
+    "copy_marks",
     "forgetting_sizes",
     "is_plain_call",
     "mark_dynamic",
@@ -70,6 +70,7 @@ __all__ = [
 
 GRAPH = "__compiled_fn"  # how Dynamo names a graph in the code around it
 STATIC_INPUT = "_dynamo_static_input_type"  # its mark on tensors that stay where they are
+_STATIC_SIZES = "_dynamo_static_indices"
 _OURS = "_tide"
 _OF_A_THREAD = ("autocast_state", "grad_mode", "torch_function", "torch_function_all_disabled")  # in a GlobalStateGuard
 
@@ -203,7 +204,8 @@ def forgetting_sizes() -> Iterator[None]:
         state.update(before)
 
 
-def copy_mark(tensor: Tensor, alias: Tensor) -> None:
-    """Let an alias be known to stay where it is if ``tensor`` is."""
-    if hasattr(tensor, STATIC_INPUT):
-        setattr(alias, STATIC_INPUT, getattr(tensor, STATIC_INPUT))
+def copy_marks(tensor: Tensor, alias: Tensor) -> None:
+    """Let an alias be known to stay where it is, and to have sizes that do not change, if ``tensor`` is: guards ask."""
+    for name in (STATIC_INPUT, _STATIC_SIZES):
+        if hasattr(tensor, name):
+            setattr(alias, name, copy.copy(getattr(tensor, name)))
