@@ -116,3 +116,14 @@ def test_cache_folder(tmp_path, monkeypatch):
     other = cache_folder()
     assert other.parent == tmp_path and other.name != "tide_compile_12345"
     files._homeless_cache.cache_clear()
+
+
+def test_who_may_read_a_file(tmp_path):
+    """As the user's umask says, or the file that was there. Catches routers that a group cannot share."""
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "t", {"x": torch.ones(1)}, {})
+        write_text(tmp_path / "s", "text")
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in "ts"} == {0o640}

@@ -7,6 +7,7 @@ import functools
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +57,10 @@ def replacing(path: Path) -> Iterator[str]:
         target = _target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name[:_NAME]}.{secrets.token_hex(4)}")
-        temporary.open("xb").close()  # with the mode that the user's umask gives
+        temporary.open("xb").close()
+        mode = (target if target.exists() else temporary).stat().st_mode  # for a new file, what the user's umask gives
         yield str(temporary)
-        if target.exists():
-            shutil.copymode(target, temporary)
+        temporary.chmod(stat.S_IMODE(mode))  # safetensors writes files that nobody else may read
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         raise _unwritable(path, getattr(error, "strerror", None) or str(error)) from error

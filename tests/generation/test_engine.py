@@ -17,7 +17,7 @@ import tide_compile
 from tests.support.compare import assert_close
 from tests.support.models import FEW, GENERATE, HIDDEN, LAYERS, SETTINGS, VOCABULARY, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
-from tide_compile.errors import GraphBreakError
+from tide_compile.errors import ConfigError, GraphBreakError
 
 DEPTH = FEW  # of the fixtures' model: what is tested here is around the layers
 
@@ -213,7 +213,7 @@ def test_compilation_switched_off(name):
 import torch
 from tests.support.models import FEW, GENERATE, HIDDEN, prompt, tiny
 from tide_compile import TIDE, RouterBank, TIDEConfig
-from tide_compile.errors import GraphBreakError
+from tide_compile.errors import ConfigError, GraphBreakError
 model = tiny("rmsnorm-rope-gqa", layers=FEW)
 engine = TIDE(model, RouterBank.untrained(HIDDEN, FEW), TIDEConfig(exit_threshold=0.0))
 ids = prompt(1)[0]
@@ -235,3 +235,10 @@ def test_more_graphs_than_dynamo_expects(model):
         ids, mask = prompt(batch)
         want = model.generate(ids, attention_mask=mask, **GENERATE)
         assert torch.equal(engine.generate(ids, attention_mask=mask, **GENERATE), want)
+
+
+@pytest.mark.parametrize("model", [None, "a name", 5])
+def test_what_is_no_model(model):
+    """Catches Python's AttributeError."""
+    with pytest.raises(ConfigError, match="not a transformers model"):
+        TIDE(model)

@@ -112,3 +112,11 @@ def test_scores_are_the_routers(tmp_path):
     with torch.no_grad():
         want = router(model.transformer.ln_f(h))
     assert torch.allclose(score, want, atol=1e-4) and torch.equal(leave, score > 0.5)
+
+
+def test_a_file_that_runs_code(tmp_path):
+    """It is not run, and nobody is advised to. Catches torch's text, which names the unsafe way."""
+    torch.save({"router_layers": print}, tmp_path / "router.pt")
+    with pytest.raises(RouterFileError) as raised:
+        RouterBank.load(tmp_path / "router.pt", model=tiny("rmsnorm-rope-gqa"))
+    assert "weights_only" not in str(raised.value) and "\n" not in str(raised.value)

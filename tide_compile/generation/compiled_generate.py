@@ -118,6 +118,8 @@ def generating_model(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: there is none, the wrapper does more than call it, or dropout is active.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"this is a {type(model).__name__} and not a transformers model. Pass the model itself.")
     model = original_of(model)
     dropout = next((name for name, module in model.named_modules() if _drops(module)), None)
     if dropout is not None:

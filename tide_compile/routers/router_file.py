@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -106,7 +107,9 @@ def _unpickled(path: Path) -> tuple[int, dict[int, TokenRouter]]:
             routers[int(layer)] = TokenRouter(state["hidden_dim"], state["bottleneck_dim"])
             routers[int(layer)].load_state_dict(weights)
     except Exception as error:  # torch.load raises many kinds for a bad file
-        raise RouterFileError(f"{str(path)!r} is not a readable tide-inference router file ({error}).") from error
+        known = not isinstance(error, UnpicklingError)  # torch's text of that one advises to run what is in the file
+        why = str(error).partition("\n")[0] if known else "it holds something else than tensors and numbers"
+        raise RouterFileError(f"{str(path)!r} is not a readable tide-inference router file ({why}).") from error
     return state["hidden_dim"], routers
 
 
